@@ -1,0 +1,51 @@
+# make install   .venv with the project, its dependencies and the development tools
+# make demo      ask a long document a question: Star Attention on two ranks, then dense attention
+# make test      linters, type checker, tests
+#
+# PIP_OPTIONS reaches every pip call. PyTorch's CPU build without CUDA packages, where PyPI's would bring them:
+#   make install PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'
+
+PYTHON ?= python3.11
+PIP_OPTIONS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := build/demo_checkpoint
+
+.PHONY: install demo test check format clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DEMO): $(STAMP) assets/demo_model/model.safetensors
+	rm -rf $@
+	$(BIN)/python tools/convert_checkpoint.py import --source assets/demo_model --target $@
+
+demo: $(DEMO)
+	@echo
+	@echo '--- Star Attention, two context-parallel ranks ---'
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 tools/generate.py --config-name demo
+	@echo
+	@echo '--- Dense attention, one rank ---'
+	OMP_NUM_THREADS=2 $(BIN)/torchrun --nproc-per-node 1 tools/generate.py --config-name demo attention=dense
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,10 @@
+"""Attention kinds behind Megatron's `core_attention` socket."""
+
+from nemo_star.attention.core import AttentionState, CoreAttention
+from nemo_star.attention.dense import DenseAttention
+from nemo_star.attention.star import StarAttention
+
+ATTENTION: dict[str, type[CoreAttention]] = {"star": StarAttention, "dense": DenseAttention}
+"""Attention kind of the recipe -> module of the layer spec."""
+
+__all__ = ["ATTENTION", "AttentionState", "CoreAttention"]

@@ -1,0 +1,54 @@
+"""Exact merge of partial attention results by log-sum-exp.
+
+A partial result is softmax attention over a part of the keys: `out` [sq, b, np, hn] and `lse` [sq, b, np], the natural
+log of the sum of exponentiated, scaled scores. With `lse = logsumexp_r lse_r` the attention over all keys is
+`sum_r exp(lse_r - lse) * out_r` (arXiv 2411.17116, section 2.2; derivation as in FlashAttention, arXiv 2205.14135,
+section 3.1). No term is exponentiated before the largest lse is subtracted, so no gap between parts overflows; a part
+without keys has `lse = -inf` and takes no share. All of it in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames it and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge partial results over their first dimension.
+
+    Args:
+        outs: [parts, sq, b, np, hn], any float type.
+        lses: [parts, sq, b, np] float32; -inf where a part holds no key.
+
+    Returns:
+        out [sq, b, np, hn] and lse [sq, b, np], float32. Without any key: out 0, lse -inf.
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    # Where every part is empty, -inf - -inf would be nan: any finite value gives the weights 0 that are meant.
+    weights = torch.exp(lses - lse.masked_fill(lse.isneginf(), 0.0))
+    # An empty part's out is whatever its kernel left there; 0 * nan is nan, so it is masked, not weighted.
+    parts = outs.float().masked_fill(lses.isneginf().unsqueeze(-1), 0.0)
+    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse
+
+
+def merge_over_group(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Merge every rank's partial result over the keys it holds; one all-gather, the same bits on every rank.
+
+    Args:
+        out: [sq, b, np, hn], float32.
+        lse: [sq, b, np], float32, -inf on a rank without keys.
+
+    Returns:
+        [sq, b, np, hn], float32.
+    """
+    if group.size() == 1:
+        return out
+    packed = torch.cat((out, lse.unsqueeze(-1)), dim=-1).contiguous()
+    gathered = packed.new_empty(group.size() * packed.shape[0], *packed.shape[1:])
+    _all_gather(gathered, packed, group=group)
+    parts = gathered.view(group.size(), *packed.shape)
+    return merge_partials(parts[..., :-1], parts[..., -1])[0]

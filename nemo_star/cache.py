@@ -1,0 +1,81 @@
+"""Keys and values of this rank, layer by layer.
+
+A layer's K and V lie in one buffer each, [capacity, b, ng, hn], so that appending is one copy and reading is a view.
+Layers are keyed by Megatron's global, 1-based `layer_number`; a pipeline stage holds only its own. K is stored after
+rotary embedding, so a cached key never depends on where it lies in the buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Layer:
+    k: Tensor
+    v: Tensor
+    tokens: int = 0
+
+
+class KVCache:
+    """Append-only K/V storage of one request, with a roll back to an earlier length.
+
+    Args:
+        dtype: stored type; None keeps the type of the first K appended.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self._capacity = 0
+        self._layers: dict[int, _Layer] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens cached in every layer (between steps all layers hold the same number)."""
+        return max((layer.tokens for layer in self._layers.values()), default=0)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes over all layers of this rank; 0 before the first append."""
+        return sum(2 * layer.k[0].nbytes for layer in self._layers.values() if layer.k.shape[0])
+
+    def reset(self, capacity: int) -> None:
+        """Forget everything; room for `capacity` tokens is taken when a layer is first appended to."""
+        self._capacity = capacity
+        for layer in self._layers.values():
+            layer.tokens = 0
+
+    def append(self, layer_number: int, k: Tensor, v: Tensor) -> None:
+        """Copy k, v [tokens, b, ng, hn] behind what the layer holds."""
+        layer = self._layers.get(layer_number)
+        start = layer.tokens if layer else 0
+        stop = start + k.shape[0]
+        if layer is None or stop > layer.k.shape[0] or layer.k.shape[1:] != k.shape[1:]:
+            layer = self._layers[layer_number] = self._grown(layer, k, start, max(stop, self._capacity))
+        layer.k[start:stop].copy_(k)
+        layer.v[start:stop].copy_(v)
+        layer.tokens = stop
+
+    def get(self, layer_number: int) -> tuple[Tensor, Tensor] | None:
+        """Views (k, v), each [tokens, b, ng, hn], of what the layer holds; None where it holds nothing."""
+        layer = self._layers.get(layer_number)
+        if layer is None or layer.tokens == 0:
+            return None
+        return layer.k[: layer.tokens], layer.v[: layer.tokens]
+
+    def truncate(self, tokens: int) -> None:
+        """Roll back to the first `tokens` tokens of every layer."""
+        for layer in self._layers.values():
+            layer.tokens = min(layer.tokens, tokens)
+
+    def _grown(self, layer: _Layer | None, like: Tensor, kept: int, capacity: int) -> _Layer:
+        shape = (capacity, *like.shape[1:])
+        dtype = self.dtype or like.dtype
+        grown = _Layer(like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype), kept)
+        if layer is not None and kept:
+            grown.k[:kept].copy_(layer.k[:kept])
+            grown.v[:kept].copy_(layer.v[:kept])
+        return grown

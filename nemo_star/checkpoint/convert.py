@@ -1,0 +1,179 @@
+"""Hugging Face checkpoint <-> converted checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor, load_tensors_metadata
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_star.checkpoint import llama
+from nemo_star.checkpoint.description import (
+    FORMAT_VERSION,
+    HF_FOLDER,
+    WEIGHTS_FOLDER,
+    CheckpointDescription,
+    read_description,
+    write_description,
+)
+from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
+from nemo_star.checkpoint.load import load_sharded
+from nemo_star.checkpoint.stream import Chunk, write_dist_checkpoint
+from nemo_star.distributed import initialize_alone
+from nemo_star.model import ModelConfig
+
+FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
+"""Hugging Face architecture -> module with `weights`, `is_ignored` and `model_config`."""
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = None) -> CheckpointDescription:
+    """Convert the Hugging Face checkpoint `source` into `target`, which must not exist.
+
+    Args:
+        dtype: type to store; None keeps the stored one, tensor by tensor.
+
+    Raises:
+        ValueError: another architecture, missing, truncated, unknown or ill-shaped tensors; before anything is written.
+    """
+    with HFReader(source) as reader, _new_directory(target) as working:
+        family = FAMILIES.get(reader.architecture)
+        if family is None:
+            raise ValueError(
+                f"source {source} is of architecture {reader.architecture}; supported: {', '.join(FAMILIES)}"
+            )
+        model: ModelConfig = family.model_config(reader.config())
+        chunks = list(_chunks(reader, model, family, dtype))
+        with tqdm(total=len(chunks), desc="import", unit="tensor") as bar:
+            write_dist_checkpoint(working / WEIGHTS_FOLDER, chunks, on_written=lambda _: bar.update())
+        copy_companions(source, working / HF_FOLDER)
+        stored = _name(max((chunk.dtype for chunk in chunks), key=[chunk.dtype for chunk in chunks].count))
+        if dtype is not None:
+            _set_config_dtype(working / HF_FOLDER / "config.json", stored)
+        description = CheckpointDescription(
+            format_version=FORMAT_VERSION,
+            architecture=reader.architecture,
+            dtype=stored,
+            model=model,
+            weight_files={
+                file.name: file.stat().st_size
+                for file in sorted((working / WEIGHTS_FOLDER).iterdir())
+                if file.is_file()
+            },
+        )
+        write_description(working, description)
+    return description
+
+
+def export_checkpoint(source: Path, target: Path) -> CheckpointDescription:
+    """Write the converted checkpoint `source` as a Hugging Face checkpoint `target`, which must not exist."""
+    description = read_description(source)
+    initialize_alone()
+    with _new_directory(target) as working:
+        copy_companions(source / HF_FOLDER, working)
+        tensors = _hf_tensors(source / WEIGHTS_FOLDER, description)
+        write_safetensors(working, tqdm(tensors, desc="export", unit="tensor"), MAX_SHARD_BYTES)
+    return description
+
+
+def _chunks(reader: HFReader, model: ModelConfig, family: ModuleType, dtype: torch.dtype | None) -> Iterator[Chunk]:
+    """Every tensor of the mapping table as chunks of the dist_checkpoint, shapes checked from the headers."""
+    known = set()
+    for weight in family.weights(model):
+        for layer in range(model.num_layers) if weight.stacked else (None,):
+            names = [name.format(layer=layer) for name in weight.hf_names]
+            known.update(names)
+            stored = _check_tensors(reader, names, weight.shapes(model))
+            shape = weight.shape(model)
+            origin = (0,) * len(shape)
+            yield Chunk(
+                key=weight.key,
+                global_shape=shape if layer is None else (model.num_layers, *shape),
+                offsets=origin if layer is None else (layer, *origin),
+                shape=shape if layer is None else (1, *shape),
+                dtype=dtype or stored,
+                make=partial(_make, reader, names, weight, model, dtype),
+            )
+    unknown = sorted(name for name in reader.names() if name not in known and not family.is_ignored(name, model))
+    if unknown:
+        raise ValueError(
+            f"source {reader.directory} holds {len(unknown)} tensors that {reader.architecture} does not have, "
+            f"the first {unknown[0]} (in {reader.file_of(unknown[0])})"
+        )
+
+
+def _make(
+    reader: HFReader, names: list[str], weight: llama.Weight, model: ModelConfig, dtype: torch.dtype | None
+) -> Tensor:
+    joined = weight.join([reader.get(name) for name in names], model)
+    return joined if dtype is None else joined.to(dtype)
+
+
+def _check_tensors(reader: HFReader, names: list[str], shapes: tuple[tuple[int, ...], ...]) -> torch.dtype:
+    """The common type of the named tensors; a ValueError where one is missing or has another shape or type."""
+    present = set(reader.names())
+    dtypes = {}
+    for name, shape in zip(names, shapes, strict=True):
+        if name not in present:
+            raise ValueError(f"source {reader.directory} is incomplete: tensor {name} is missing")
+        if reader.shape(name) != shape:
+            raise ValueError(
+                f"source {reader.directory}: tensor {name} has shape {reader.shape(name)}, config.json asks for {shape}"
+            )
+        dtypes[name] = reader.dtype(name)
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"source {reader.directory}: tensors stored together differ in type: {dtypes}; give --dtype")
+    return dtypes[names[0]]
+
+
+def _hf_tensors(weights: Path, description: CheckpointDescription) -> Iterator[tuple[str, Tensor]]:
+    """Read the dist_checkpoint back, one layer's tensor at a time, through Megatron's loader."""
+    model = description.model
+    dtypes = {key: tensor.dtype for key, tensor in load_tensors_metadata(str(weights)).items()}
+    for weight in FAMILIES[description.architecture].weights(model):
+        shape = weight.shape(model)
+        for layer in range(model.num_layers) if weight.stacked else (None,):
+            empty = torch.empty(shape, dtype=dtypes[weight.key])
+            offsets = () if layer is None else ((0, layer, model.num_layers),)
+            sharded = ShardedTensor.from_rank_offsets(
+                weight.key, empty, *offsets, prepend_axis_num=0 if layer is None else 1
+            )
+            whole = load_sharded({"tensor": sharded}, weights, validate_access_integrity=False)["tensor"]
+            for name, part in zip(weight.hf_names, weight.split(whole, model), strict=True):
+                yield name.format(layer=layer), part
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _set_config_dtype(file: Path, dtype: str) -> None:
+    """A conversion that changes the type says so in config.json (transformers 4: torch_dtype, 5: dtype)."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """A working directory beside `target` that takes its name when all went well, and is removed when not."""
+    if target.exists():
+        raise ValueError(f"target {target} exists: give a new directory or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield working
+        working.chmod(0o755)  # mkdtemp's is private
+        working.rename(target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise

@@ -1,0 +1,83 @@
+"""A converted checkpoint on disk, and what describes it.
+
+DIR/nemo_star.json   format, architecture, model shape, type of the weights, sizes of the weight files
+DIR/weights/         Megatron dist_checkpoint (torch_dist), layers stacked; loads at any tp and pp
+DIR/hf/              configuration and tokenizer files as imported; export gives them back
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_star.config import parse
+from nemo_star.model import ModelConfig
+
+FORMAT_VERSION = 1
+DESCRIPTION_FILE = "nemo_star.json"
+WEIGHTS_FOLDER = "weights"
+HF_FOLDER = "hf"
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """Content of nemo_star.json."""
+
+    format_version: int
+    architecture: str
+    """Hugging Face's name, e.g. LlamaForCausalLM: selects the mapping table for export."""
+    dtype: str
+    """Type of most weights, as stored."""
+    model: ModelConfig
+    weight_files: dict[str, int]
+    """Name in weights/ -> bytes, so that a truncated copy is noticed before anything is loaded."""
+
+
+def write_description(directory: Path, description: CheckpointDescription) -> None:
+    text = json.dumps(asdict(description), indent=2)
+    (directory / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_description(directory: Path) -> CheckpointDescription:
+    """Read and check the description of a converted checkpoint.
+
+    Raises:
+        ValueError: not a converted checkpoint, of another format version, or with missing or truncated weight files.
+    """
+    file = directory / DESCRIPTION_FILE
+    if not directory.is_dir():
+        raise ValueError(f"checkpoint {directory} does not exist or is not a directory")
+    if not file.is_file():
+        hint = ""
+        if (directory / "config.json").is_file():
+            hint = " It looks like a Hugging Face checkpoint: convert it first, "
+            hint += f"python tools/convert_checkpoint.py import --source {directory} --target DIR"
+        raise ValueError(f"checkpoint {directory} is not a converted checkpoint: it has no {DESCRIPTION_FILE}.{hint}")
+    try:
+        values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = values["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {directory}: {DESCRIPTION_FILE} is damaged ({error}); convert again") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"checkpoint {directory} has format version {version}, this program reads {FORMAT_VERSION}")
+    try:
+        description = parse(CheckpointDescription, values)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {directory}: {DESCRIPTION_FILE} is damaged ({error}); convert again") from error
+    _check_files(directory, description)
+    return description
+
+
+def _check_files(directory: Path, description: CheckpointDescription) -> None:
+    for name, size in description.weight_files.items():
+        file = directory / WEIGHTS_FOLDER / name
+        if not file.is_file():
+            raise ValueError(f"checkpoint {directory} is incomplete: {WEIGHTS_FOLDER}/{name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(
+                f"checkpoint {directory} is damaged: {WEIGHTS_FOLDER}/{name} has {file.stat().st_size} bytes, "
+                f"should have {size}; copy or convert it again"
+            )

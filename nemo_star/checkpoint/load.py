@@ -1,0 +1,38 @@
+"""A converted checkpoint into a model, at any layout."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_star.checkpoint.description import WEIGHTS_FOLDER
+
+
+def load_sharded(sharded_state_dict: dict[str, Any], weights: Path, **kwargs: Any) -> dict[str, Any]:
+    """Megatron's `dist_checkpointing.load`, with its errors as ValueError and without torch's notes to Megatron."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ShardedTensor and load_state_dict, which Megatron uses
+        try:
+            return dist_checkpointing.load(sharded_state_dict, str(weights), **kwargs)
+        except (CheckpointingException, CheckpointException) as error:  # torch's is a BaseException
+            raise ValueError(f"weights in {weights} do not fit the model: {error}") from error
+
+
+def load_weights(model: GPTModel, checkpoint: Path) -> None:
+    """Fill `model` from `checkpoint`; each rank reads its own part. Stored types are cast to the model's.
+
+    Raises:
+        ValueError: a tensor that the model needs is missing or has another shape.
+    """
+    wanted = model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})
+    # Transformer Engine's fp8 state, which a converted checkpoint does not have.
+    wanted = {name: value for name, value in wanted.items() if not name.endswith("_extra_state")}
+    loaded = load_sharded(wanted, checkpoint / WEIGHTS_FOLDER)
+    problems = model.load_state_dict(loaded, strict=False)
+    assert not [name for name in problems.missing_keys if not name.endswith("_extra_state")], problems

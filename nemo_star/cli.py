@@ -1,0 +1,78 @@
+"""Hydra for the tools: recipes, groups, literal values, one voice for all ranks."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_star.config import parse
+from nemo_star.launch import fail_together, leave, quiet_unless_first
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+RECIPES = PROJECT_ROOT / "recipes"
+CONF = PROJECT_ROOT / "conf"
+_NO_TRACES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Hydra keeps a folder with a log per run by default; a tool leaves nothing behind."""
+
+Config = TypeVar("Config")
+
+
+class GroupsSearchPath(SearchPathPlugin):
+    """Finds the groups in conf/ for every recipe; `hydra.searchpath` would forbid that one recipe inherits another."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nemo_star", f"file://{CONF}")
+
+
+def run_tool(
+    cls: type[Config], run: Callable[[Config], int], *, config_name: str, literal_keys: Sequence[str] = ()
+) -> None:
+    """Compose the recipe, parse it into `cls`, call `run` and exit with what it returns.
+
+    Args:
+        literal_keys: keys whose command-line values are text, not Hydra values: taken to the letter.
+    """
+    Plugins.instance().register(GroupsSearchPath)
+    if not OmegaConf.has_resolver("project"):
+        OmegaConf.register_new_resolver("project", lambda: str(PROJECT_ROOT))
+    sys.argv[1:] = [*(quote_literal(argument, literal_keys) for argument in sys.argv[1:]), *_NO_TRACES]
+    composed: list[DictConfig] = []
+    main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=config_name)(composed.append)
+    with quiet_unless_first():
+        main()
+    if not composed:  # --help, --cfg and the like have printed what they were asked for
+        return
+    try:
+        values: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=True)
+        config = parse(cls, values)
+    except Exception as error:
+        fail_together(error)
+    leave(run(config))
+
+
+def quote_literal(argument: str, literal_keys: Sequence[str]) -> str:
+    """`key=text` as an override that gives the key exactly this text, whatever Hydra's grammar would make of it."""
+    key, separator, text = argument.partition("=")
+    if not separator or key.lstrip("+") not in literal_keys:
+        return argument
+    return f"{key}={quote(text)}"
+
+
+def quote(text: str) -> str:
+    """`text` as a quoted string of Hydra's grammar that OmegaConf does not interpolate.
+
+    OmegaConf reads `${` as an interpolation unless a backslash precedes it, and halves the backslashes before it.
+    Inside Hydra's quotes, backslashes escape only in front of a quote or at the end, where they are halved too.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    text = re.sub(r"(\\+)('|\Z)", lambda found: found[1] * 2 + found[2], text)
+    return "'" + text.replace("'", r"\'") + "'"

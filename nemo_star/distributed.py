@@ -1,0 +1,138 @@
+"""Start of the processes: backend, device, process groups, and small exchanges between ranks.
+
+Under torchrun the usual environment variables say who this process is; without them it is alone. NCCL where CUDA is,
+gloo elsewhere. Ranks are laid out as Megatron does by default, tensor parallel fastest: tp, cp, dp, pp.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.device_mesh import init_device_mesh
+
+from nemo_star.config import ParallelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; their product is the world size."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout:
+    """The layout that `config` asks for on `world_size` ranks.
+
+    Raises:
+        ValueError: sizes that do not divide the world, or dense attention over several cp ranks.
+    """
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
+            f"* pipeline_model_parallel_size {pp} = {tp * pp}"
+        )
+    rest = world_size // (tp * pp)
+    cp = config.context_parallel_size or (1 if kind == "dense" else rest)
+    if kind == "dense" and cp > 1:
+        raise ValueError(
+            f"attention=dense runs on 1 context-parallel rank, not parallel.context_parallel_size={cp}: "
+            "the exact kinds that share a context over ranks are attention=ring and attention=ulysses"
+        )
+    if rest % cp:
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
+            f"* pipeline_model_parallel_size {pp} * context_parallel_size {cp} = {tp * pp * cp}"
+        )
+    unsupported = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    for name, size in unsupported.items():
+        if size > 1:
+            raise ValueError(f"parallel.{name}={size} is not supported in this version: use 1")
+    if rest // cp > 1:
+        raise ValueError(
+            f"world size {world_size} leaves {rest // cp} data-parallel replicas beside "
+            f"context_parallel_size {cp}, and data parallelism is not supported in this version: "
+            f"start {tp * pp * cp} processes"
+        )
+    return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
+
+
+def initialize(timeout_minutes: float) -> torch.device:
+    """Join the default process group (once) and return this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            initialize_alone(backend)
+    return device
+
+
+def initialize_alone(backend: str = "gloo") -> None:
+    """A default process group of this process only: Megatron asks for one even to read a checkpoint."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def create_groups(layout: Layout, device: torch.device) -> ProcessGroupCollection:
+    """Megatron's collection with the groups that inference uses; nothing is trained, so no embedding groups."""
+    mesh = init_device_mesh(
+        device.type, (layout.pp, layout.dp, layout.cp, layout.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
+    )
+    groups = {name: mesh.get_group(name) for name in ("tp", "cp", "pp", "dp")}
+    dp_cp = mesh["dp", "cp"]._flatten("dp_cp").get_group()  # replicas of a weight, for dist_checkpointing
+    return ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None)
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank."""
+    gathered: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def on_first_rank(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and give its result to every rank; its ValueError or OSError is raised on every rank."""
+    box: list[T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    result = box[0]
+    if isinstance(result, ValueError | OSError):
+        raise result
+    return cast(T, result)
+
+
+def on_every_rank(make: Callable[[], T]) -> T:
+    """Run `make` on every rank; if it fails anywhere, every rank raises the first failing rank's error, by name."""
+    failure = None
+    result: T | None = None
+    try:
+        result = make()
+    except Exception as error:
+        failure = str(error) if isinstance(error, ValueError) else repr(error)
+    failures = gather_objects(failure)
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise ValueError(message if len(set(failures)) == 1 else f"rank {rank}: {message}")
+    return cast(T, result)

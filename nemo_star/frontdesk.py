@@ -1,0 +1,233 @@
+"""Rank 0's side of a run: inputs checked before anything heavy starts, answers shown, written and kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_star.answer import Answer, summary
+from nemo_star.checkpoint.description import HF_FOLDER, CheckpointDescription
+from nemo_star.config import SMALL_BLOCK_TOKENS, GenerateConfig
+from nemo_star.engine import Prefill
+from nemo_star.launch import EXIT_BAD_LINES, warn
+from nemo_star.partition import Partition
+from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
+from nemo_star.tokenizer import Tokenizer, end_token_ids
+
+
+class FrontDesk:
+    """Reads and checks requests, shows and writes answers. Made on every rank, used on rank 0 only."""
+
+    def __init__(self, config: GenerateConfig, description: CheckpointDescription) -> None:
+        self.config = config
+        self.model = description.model
+        self.tokenizer: Tokenizer | None = None
+        self.end_ids: frozenset[int] = frozenset()
+        self._reader: RequestReader
+        self._requests: Iterator[Request | BadRequest] = iter(())
+        self._output: OutputFile | None = None
+        self._bar = tqdm(disable=True)
+        self._logits: dict[str, Tensor] = {}
+        self._stats: dict[str, Any] = {}
+        self._any_bad = False
+        self._described: tuple[int, int] | None = None
+        self._told: set[str] = set()
+
+    # Before the weights are loaded
+
+    def open(self) -> None:
+        """Check everything that can be checked without the weights; nothing is written yet."""
+        config = self.config
+        hf_files = Path(str(config.checkpoint)) / HF_FOLDER
+        self.tokenizer = Tokenizer.load(hf_files)
+        if not config.inference.ignore_eos:
+            self.end_ids = end_token_ids(hf_files, self.tokenizer)
+        if config.inference.end_strings and self.tokenizer is None:
+            raise ValueError("inference.end_strings needs text, and the checkpoint has no tokenizer")
+        self._reader = RequestReader(self.model.vocab_size, self.tokenizer, config.chat_template)
+        check_target("output", config.output, replace=config.overwrite or config.resume)
+        check_target("output_logits", config.output_logits, replace=config.overwrite)
+        if config.input is None:
+            request = self._reader.from_text(read_text(config, "context"), read_text(config, "query"))
+            self._check_sizes(request)
+            self._requests = iter([request])
+        else:
+            self._open_input(config.input)
+
+    def _open_input(self, path: str) -> None:
+        lines = InputFile(path)
+        output = self.config.output
+        if output is not None and path != "-" and os.path.exists(output) and os.path.samefile(path, output):
+            raise ValueError(f"input and output are the same file: {path}")
+        if self.config.output_logits is not None:
+            check_distinct(list(lines.ids()))
+        done = 0
+        if self.config.resume:
+            self._output = OutputFile(Path(str(self.config.output)), resume=True)
+            check_resumed(self._output.done, lines.ids())
+            done = len(self._output.done)
+            self._any_bad = any("error" in answer for answer in self._output.done)
+        self._requests = (self._reader.parse_line(line, index) for index, line in enumerate(lines) if index >= done)
+        self._bar = tqdm(total=sum(1 for _ in lines), initial=done, desc="requests", file=sys.stderr)
+
+    # While requests run
+
+    def start(self) -> None:
+        """The weights are loaded: outputs may be touched."""
+        config = self.config
+        if config.overwrite and config.output_logits:
+            Path(config.output_logits).unlink(missing_ok=True)
+        if self._output is None and (config.output is not None or config.input is not None):
+            self._output = OutputFile(Path(config.output) if config.output else None)
+
+    def next_request(self) -> Request | BadRequest | None:
+        """The next request that fits the model, or what is wrong with it; None after the last."""
+        request = next(self._requests, None)
+        if isinstance(request, Request):
+            try:
+                self._check_sizes(request)
+            except ValueError as error:
+                return BadRequest(request.id, request.index, str(error), request.extra)
+        return request
+
+    def begin(self, request: Request, partition: Partition, *, kernel: str, dtype: str) -> Answer:
+        """Say what will run before it runs, and start the answer."""
+        if (sizes := (partition.block_size, partition.anchor_size)) != self._described:
+            self._described = sizes
+            self._tell(self._description(partition, kernel, dtype))
+        single = self.config.input is None
+        return Answer(
+            request,
+            self.config.inference,
+            self.tokenizer,
+            end_ids=self.end_ids,
+            show=_print if single else lambda piece: None,
+            keep_logits=self.config.output_logits is not None,
+        )
+
+    def finish(self, answer: Answer, prefill: Prefill) -> None:
+        answer.finish()
+        self._stats = answer.stats(prefill)
+        if answer.logits:
+            self._logits[f"{answer.request.id}/logits"] = torch.stack(answer.logits)
+        if self._output:
+            self._output.write(answer.line(self._stats))
+        self._bar.update()
+
+    def reject(self, request: BadRequest) -> None:
+        """Write the line of a request that cannot run."""
+        self._any_bad = True
+        assert self._output is not None
+        self._output.write({"id": request.id, **request.extra, "error": request.error})
+        self._bar.update()
+
+    def close(self, peak_memory_bytes: list[int]) -> int:
+        """Write what is written at the end; the exit code."""
+        self._bar.close()
+        if self.config.input is None:
+            print(flush=True)
+            self._tell(summary(self._stats, peak_memory_bytes))
+        if self.config.output_logits is not None:
+            _write_whole(Path(self.config.output_logits), self._logits)
+        return EXIT_BAD_LINES if self._any_bad else 0
+
+    def _check_sizes(self, request: Request) -> None:
+        """Raises ValueError for sizes that cannot run, warns of those that hardly make sense."""
+        context_tokens = len(request.context_ids)
+        block_size, _anchor = self.config.attention.sizes(context_tokens)
+        if self.config.attention.kind == "star" and block_size < SMALL_BLOCK_TOKENS:
+            self._tell(f"attention.block_size is {block_size} tokens (tokens, not K): is that meant?", warning=True)
+        last = context_tokens + len(request.query_ids) + self.config.inference.tokens_to_generate
+        if last > self.model.max_position_embeddings:
+            self._tell(
+                f"context, query and answer take up to {last} positions, the model was trained for "
+                f"{self.model.max_position_embeddings}: answers may be poor",
+                warning=True,
+            )
+
+    def _description(self, partition: Partition, kernel: str, dtype: str) -> str:
+        kind, ranks = self.config.attention.kind, partition.cp_size
+        dtype = dtype.removeprefix("torch.")
+        held = " + ".join(str(partition.tokens_of(rank)) for rank in range(ranks))
+        cut = ""
+        if kind == "star":
+            anchor = f"anchor of {partition.anchor_size} tokens ({self.config.attention.anchor})"
+            cut = f", {partition.num_blocks} blocks of {partition.block_size} tokens, {anchor}"
+        return (
+            f"{kind} attention: {partition.context_tokens} context tokens{cut}; "
+            f"{ranks} context-parallel rank{'s' * (ranks > 1)} holding {held} tokens; kernel {kernel}, {dtype}"
+        )
+
+    def _tell(self, message: str, *, warning: bool = False) -> None:
+        """Say something on standard error, once."""
+        if message not in self._told:
+            self._told.add(message)
+            with tqdm.external_write_mode(file=sys.stderr):
+                warn(message) if warning else print(message, file=sys.stderr, flush=True)
+
+
+def _print(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def read_text(config: GenerateConfig, name: str) -> str:
+    """The context or query of a command line; one newline at the very end of a file is not part of its text."""
+    text, path = getattr(config, name), getattr(config, f"{name}_file")
+    if text is not None:
+        return text
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return content.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}_file={path} is not UTF-8 text: {error}") from error
+
+
+def check_target(key: str, path: str | None, *, replace: bool) -> None:
+    """An output that exists is not overwritten unasked, one that cannot be written is noticed now."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{key}={path} is a directory: give a file")
+    if os.path.exists(path) and not replace:
+        ways = "overwrite=true" if key == "output_logits" else "resume=true (continue it) or overwrite=true"
+        raise ValueError(f"{key}={path} exists: give another file or {ways}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{key}={path}: folder {folder} does not exist")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{key}={path} cannot be written: permission denied")
+
+
+def check_distinct(ids: list[Any]) -> None:
+    """Logits are stored under the request's id: each must be there, and only once."""
+    seen: set[str] = set()
+    for number, identity in enumerate(ids, start=1):
+        if identity is None:
+            continue  # a line without id is reported when it is its turn
+        if str(identity) in seen:
+            raise ValueError(
+                f"output_logits stores logits by id, and id {identity!r} of line {number} is not the first"
+            )
+        seen.add(str(identity))
+
+
+def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that is complete or absent."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,132 @@
+"""Text <-> token ids, through the tokenizer files of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CONTEXT_MARK, _QUERY_MARK = "<context of nemo_star>", "<query of nemo_star>"
+
+
+class Tokenizer:
+    """Tokenization as Star Attention needs it: BOS before the context only, the query without special tokens."""
+
+    def __init__(self, hf_tokenizer: Any) -> None:
+        self.hf = hf_tokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer | None:
+        """The tokenizer in `directory`, or None where there is none.
+
+        Raises:
+            ValueError: tokenizer files that cannot be read.
+        """
+        if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+        except Exception as error:  # the libraries behind it raise many kinds
+            raise ValueError(f"tokenizer files in {directory} cannot be read: {error}") from error
+
+    def encode(self, context: str, query: str, *, chat_template: bool = False) -> tuple[list[int], list[int]]:
+        """(context ids, query ids).
+
+        With `chat_template` both make up one user message; everything before the query's text counts as context.
+
+        Raises:
+            ValueError: an empty text, or no chat template to apply.
+        """
+        for name, text in (("context", context), ("query", query)):
+            if not text:
+                raise ValueError(f"the {name} is empty")
+        if chat_template:
+            context, query = self._in_template(context, query)
+            return self._ids(context), self._ids(query)
+        bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
+        return bos + self._ids(context), self._ids(query)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=True)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.hf(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _in_template(self, context: str, query: str) -> tuple[str, str]:
+        if not getattr(self.hf, "chat_template", None):
+            raise ValueError("chat_template=true, but the checkpoint's tokenizer has no chat template")
+        message = {"role": "user", "content": f"{_CONTEXT_MARK}\n\n{_QUERY_MARK}"}
+        rendered = self.hf.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        before, between_and_after = rendered.split(_CONTEXT_MARK)
+        between, after = between_and_after.split(_QUERY_MARK)
+        return before + context + between, query + after
+
+
+def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Token ids that end an answer: generation_config.json's, else config.json's, and the tokenizer's."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        if value is not None:
+            found.update(value if isinstance(value, list) else [value])
+            break
+    if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
+        found.add(tokenizer.hf.eos_token_id)
+    return frozenset(found)
+
+
+class TextStream:
+    """Turns tokens into text as they come.
+
+    Text is held back while it may still change: bytes of an unfinished character, and an end that may become one of
+    `end_strings`. An end string ends the answer and is not part of its text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.end_strings = end_strings
+        self.text = ""
+        self.ended = False
+        self._ids: list[int] = []
+        self._settled = self._read = 0  # ids before _settled are done with; ids before _read are in self.text
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Add one token; returns the text that can be shown now."""
+        self._ids.append(token)
+        known = self.tokenizer.decode(self._ids[self._settled : self._read])
+        now = self.tokenizer.decode(self._ids[self._settled :])
+        if len(now) > len(known) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._settled, self._read = self._read, len(self._ids)
+            self._add(now[len(known) :])
+        return self._show(len(self.text) if self.ended else len(self.text) - self._possible_end())
+
+    def finish(self) -> str:
+        """The text that was held back, once no more tokens come."""
+        if not self.ended:
+            known = self.tokenizer.decode(self._ids[self._settled : self._read])
+            self._add(self.tokenizer.decode(self._ids[self._settled :])[len(known) :])
+        return self._show(len(self.text))
+
+    def _add(self, piece: str) -> None:
+        searched_from = max(0, len(self.text) - max(map(len, self.end_strings), default=0))
+        self.text += piece
+        found = [at for end in self.end_strings if (at := self.text.find(end, searched_from)) >= 0]
+        if found:
+            self.text, self.ended = self.text[: min(found)], True
+
+    def _possible_end(self) -> int:
+        """Length of the longest end of the text that is the start of an end string."""
+        return max(
+            (n for end in self.end_strings for n in range(1, len(end)) if self.text.endswith(end[:n])), default=0
+        )
+
+    def _show(self, until: int) -> str:
+        piece = self.text[self._shown : until]
+        self._shown = max(self._shown, until)
+        return piece
