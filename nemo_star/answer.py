@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -92,12 +92,10 @@ class Answer:
         }
 
 
-def summary(stats: dict[str, Any], peak_memory_bytes: Sequence[int]) -> str:
-    """Times and memory of one answered question, for a person."""
+def summary(stats: dict[str, Any]) -> str:
+    """Times of one answered question, for a person."""
     speed = stats["decode_tokens_per_second"]
     return (
         f"prefill {stats['prefill_seconds']:.2f} s, first token after {stats['time_to_first_token_seconds']:.2f} s"
         + (f", then {speed:.1f} tokens/s" if speed else "")
-        + f"; K/V tokens per rank {stats['kv_tokens_per_cp_rank']}"
-        + f"; peak memory per rank {', '.join(f'{peak / 2**20:.0f}' for peak in peak_memory_bytes)} MiB"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,15 +13,21 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_star.config import parse
-from nemo_star.launch import fail_together, leave, quiet_unless_first
+from nemo_star.launch import quiet_unless_first
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RECIPES = PROJECT_ROOT / "recipes"
 CONF = PROJECT_ROOT / "conf"
-_NO_TRACES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-"""Hydra keeps a folder with a log per run by default; a tool leaves nothing behind."""
+_HYDRA_OVERRIDES = (
+    # Hydra keeps a folder with a log per run by default; a tool leaves nothing behind.
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 Config = TypeVar("Config")
 
@@ -33,30 +39,38 @@ class GroupsSearchPath(SearchPathPlugin):
         search_path.append("nemo_star", f"file://{CONF}")
 
 
-def run_tool(
-    cls: type[Config], run: Callable[[Config], int], *, config_name: str, literal_keys: Sequence[str] = ()
-) -> None:
-    """Compose the recipe, parse it into `cls`, call `run` and exit with what it returns.
+def compose(
+    cls: type[Config], arguments: Sequence[str], *, tool: str, literal_keys: Sequence[str] = ()
+) -> Config | None:
+    """The recipe that a command line asks for, parsed; None where Hydra only had to print (--help, --cfg).
 
     Args:
-        literal_keys: keys whose command-line values are text, not Hydra values: taken to the letter.
+        tool: name of its default recipe and of its help text (conf/hydra/help).
+        literal_keys: keys whose values on the command line are text, not Hydra values: taken to the letter.
+
+    Raises:
+        ValueError: keys or values that `cls` refuses.
+        SystemExit: Hydra could not compose; it has said why.
     """
     Plugins.instance().register(GroupsSearchPath)
     if not OmegaConf.has_resolver("project"):
         OmegaConf.register_new_resolver("project", lambda: str(PROJECT_ROOT))
-    sys.argv[1:] = [*(quote_literal(argument, literal_keys) for argument in sys.argv[1:]), *_NO_TRACES]
     composed: list[DictConfig] = []
-    main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=config_name)(composed.append)
-    with quiet_unless_first():
-        main()
-    if not composed:  # --help, --cfg and the like have printed what they were asked for
-        return
+    main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=tool)(composed.append)
+    quoted = [quote_literal(argument, literal_keys) for argument in arguments]
+    argv, sys.argv = sys.argv, [sys.argv[0], *quoted, *_HYDRA_OVERRIDES, f"hydra/help={tool}"]
+    try:
+        with quiet_unless_first():
+            main()
+    finally:
+        sys.argv = argv
+    if not composed:
+        return None
     try:
         values: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=True)
-        config = parse(cls, values)
-    except Exception as error:
-        fail_together(error)
-    leave(run(config))
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
+    return parse(cls, values)
 
 
 def quote_literal(argument: str, literal_keys: Sequence[str]) -> str:

@@ -135,7 +135,9 @@ class FrontDesk:
         self._bar.close()
         if self.config.input is None:
             print(flush=True)
-            self._tell(summary(self._stats, peak_memory_bytes))
+            self._tell(summary(self._stats))
+        peaks = " + ".join(f"{peak / 2**20:.0f}" for peak in peak_memory_bytes)
+        self._tell(f"peak memory per rank: {peaks} MiB")
         if self.config.output_logits is not None:
             _write_whole(Path(self.config.output_logits), self._logits)
         return EXIT_BAD_LINES if self._any_bad else 0

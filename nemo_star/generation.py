@@ -20,21 +20,18 @@ from nemo_star.config import GenerateConfig
 from nemo_star.distributed import create_groups, gather_objects, initialize, on_every_rank, on_first_rank, plan_layout
 from nemo_star.engine import Engine
 from nemo_star.frontdesk import FrontDesk
-from nemo_star.launch import environment_world_size, fail_together
+from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes
 from nemo_star.model import build_model
 from nemo_star.requests import BadRequest, Request
 
 
 def run(config: GenerateConfig) -> int:
-    """Answer everything that `config` asks for; returns the exit code."""
-    try:
-        return _run(config)
-    except (ValueError, OSError) as error:  # on_first_rank and on_every_rank raise on all ranks alike
-        fail_together(error)
+    """Answer everything that `config` asks for; returns the exit code.
 
-
-def _run(config: GenerateConfig) -> int:
+    Raises:
+        ValueError, OSError: a user's error, on all ranks alike.
+    """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
     device = initialize(config.parallel.timeout_minutes)
     groups = create_groups(layout, device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
 EXIT_BAD_LINES = 3
 """JSONL: every line was answered, some with an `error` field."""
 _PEER_EXIT_SECONDS = 20
@@ -31,16 +32,27 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def fail_together(error: BaseException | str) -> NoReturn:
-    """End every rank over an error that all ranks meet alike: rank 0 prints it once.
+def run_as_tool(main: Callable[[], int]) -> NoReturn:
+    """Run a tool's `main` and exit with its code; a user's error is printed once, and every rank exits non-zero.
 
-    Were a silent rank to exit first, torchrun might end rank 0 before it printed: so the others wait to be ended.
+    All ranks meet such an error alike, so rank 0 speaks. Were a silent rank to exit first, torchrun might end rank 0
+    before it has spoken: the others wait to be ended, and speak themselves if nobody ends them.
     """
-    if environment_rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    try:
+        leave(main())
+    except KeyboardInterrupt:
+        leave(EXIT_INTERRUPTED)
+    except SystemExit as exit:  # Hydra's, after it printed what is wrong
+        code, message = exit.code if isinstance(exit.code, int) else EXIT_ERROR, None
+    except (ValueError, OSError) as error:
+        code, message = EXIT_ERROR, f"error: {error}"
+    rank = environment_rank()
+    if rank > 0 and code != 0:
         time.sleep(_PEER_EXIT_SECONDS)
-    leave(EXIT_ERROR)
+        message = message and f"rank {rank}: {message}"
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from nemo_star.config import DTYPES
-from nemo_star.launch import fail_together
+from nemo_star.launch import run_as_tool
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,23 +25,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
-    # After the arguments are checked: importing Megatron takes seconds.
+    # Only now: importing Megatron takes seconds.
     import torch
 
     from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 
-    try:
-        if arguments.action == "import":
-            dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-            description = import_checkpoint(arguments.source, arguments.target, dtype)
-        else:
-            description = export_checkpoint(arguments.source, arguments.target)
-    except (ValueError, OSError) as error:
-        fail_together(error)
+    if arguments.action == "import":
+        dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+        description = import_checkpoint(arguments.source, arguments.target, dtype)
+    else:
+        description = export_checkpoint(arguments.source, arguments.target)
     print(f"{arguments.target}: {description.architecture}, {description.model.num_layers} layers, {description.dtype}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_as_tool(main)

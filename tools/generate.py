@@ -5,15 +5,12 @@
 `--help` lists the recipes and keys, `--cfg job` prints the composed recipe.
 """
 
-from nemo_star.cli import run_tool
+import sys
+from collections.abc import Sequence
+
+from nemo_star.cli import compose
 from nemo_star.config import GenerateConfig
-
-
-def run(config: GenerateConfig) -> int:
-    from nemo_star.generation import run  # after the recipe is checked: importing Megatron takes seconds
-
-    return run(config)
-
+from nemo_star.launch import run_as_tool
 
 LITERAL_KEYS = (
     "checkpoint",
@@ -26,5 +23,15 @@ LITERAL_KEYS = (
     "output_logits",
 )
 
+
+def main(arguments: Sequence[str]) -> int:
+    config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL_KEYS)
+    if config is None:
+        return 0
+    from nemo_star.generation import run  # only now: importing Megatron takes seconds
+
+    return run(config)
+
+
 if __name__ == "__main__":
-    run_tool(GenerateConfig, run, config_name="generate", literal_keys=LITERAL_KEYS)
+    run_as_tool(lambda: main(sys.argv[1:]))

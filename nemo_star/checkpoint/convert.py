@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor, load_tensors_metadata
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,9 +25,7 @@ from nemo_star.checkpoint.description import (
     write_description,
 )
 from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
-from nemo_star.checkpoint.load import load_sharded
-from nemo_star.checkpoint.stream import Chunk, write_dist_checkpoint
-from nemo_star.distributed import initialize_alone
+from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
 from nemo_star.model import ModelConfig
 
 FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
@@ -77,7 +74,6 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
 def export_checkpoint(source: Path, target: Path) -> CheckpointDescription:
     """Write the converted checkpoint `source` as a Hugging Face checkpoint `target`, which must not exist."""
     description = read_description(source)
-    initialize_alone()
     with _new_directory(target) as working:
         copy_companions(source / HF_FOLDER, working)
         tensors = _hf_tensors(source / WEIGHTS_FOLDER, description)
@@ -136,19 +132,13 @@ def _check_tensors(reader: HFReader, names: list[str], shapes: tuple[tuple[int, 
 
 
 def _hf_tensors(weights: Path, description: CheckpointDescription) -> Iterator[tuple[str, Tensor]]:
-    """Read the dist_checkpoint back, one layer's tensor at a time, through Megatron's loader."""
+    """The Hugging Face tensors of a dist_checkpoint, layer by layer."""
+    reader = DistCheckpointReader(weights)
     model = description.model
-    dtypes = {key: tensor.dtype for key, tensor in load_tensors_metadata(str(weights)).items()}
     for weight in FAMILIES[description.architecture].weights(model):
-        shape = weight.shape(model)
         for layer in range(model.num_layers) if weight.stacked else (None,):
-            empty = torch.empty(shape, dtype=dtypes[weight.key])
-            offsets = () if layer is None else ((0, layer, model.num_layers),)
-            sharded = ShardedTensor.from_rank_offsets(
-                weight.key, empty, *offsets, prepend_axis_num=0 if layer is None else 1
-            )
-            whole = load_sharded({"tensor": sharded}, weights, validate_access_integrity=False)["tensor"]
-            for name, part in zip(weight.hf_names, weight.split(whole, model), strict=True):
+            parts = weight.split(reader.read(weight.key, layer), model)
+            for name, part in zip(weight.hf_names, parts, strict=True):
                 yield name.format(layer=layer), part
 
 

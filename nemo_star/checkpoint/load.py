@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -12,16 +11,6 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_star.checkpoint.description import WEIGHTS_FOLDER
-
-
-def load_sharded(sharded_state_dict: dict[str, Any], weights: Path, **kwargs: Any) -> dict[str, Any]:
-    """Megatron's `dist_checkpointing.load`, with its errors as ValueError and without torch's notes to Megatron."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ShardedTensor and load_state_dict, which Megatron uses
-        try:
-            return dist_checkpointing.load(sharded_state_dict, str(weights), **kwargs)
-        except (CheckpointingException, CheckpointException) as error:  # torch's is a BaseException
-            raise ValueError(f"weights in {weights} do not fit the model: {error}") from error
 
 
 def load_weights(model: GPTModel, checkpoint: Path) -> None:
@@ -33,6 +22,11 @@ def load_weights(model: GPTModel, checkpoint: Path) -> None:
     wanted = model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})
     # Transformer Engine's fp8 state, which a converted checkpoint does not have.
     wanted = {name: value for name, value in wanted.items() if not name.endswith("_extra_state")}
-    loaded = load_sharded(wanted, checkpoint / WEIGHTS_FOLDER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ShardedTensor and load_state_dict, which Megatron uses
+        try:
+            loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS_FOLDER))
+        except (CheckpointingException, CheckpointException) as error:  # torch's is a BaseException
+            raise ValueError(f"checkpoint {checkpoint} does not fit the model: {error}") from error
     problems = model.load_state_dict(loaded, strict=False)
     assert not [name for name in problems.missing_keys if not name.endswith("_extra_state")], problems

@@ -1,14 +1,16 @@
-"""Writing a Megatron dist_checkpoint as a stream: one tensor in memory at a time.
+"""A Megatron dist_checkpoint as a stream: written and read in one process, one tensor in memory at a time.
 
-Megatron's own `dist_checkpointing.save` wants a built model, CUDA and all weights in memory. The format is torch's
-distributed checkpoint plus two small files, so it is written here through torch's planner interface, each tensor made
-only when it is its turn. Megatron's `dist_checkpointing.load` reads the result at any layout.
+Megatron's own `dist_checkpointing.save` wants a built model, CUDA and all weights in memory, its `load` the whole of a
+tensor stacked over layers. The format is torch's distributed checkpoint plus two small files, so conversion goes
+through torch's planner interface: a tensor is made when it is its turn, a rectangle is read wherever chunks hold it.
+Megatron's `dist_checkpointing.load` reads what is written here at any layout.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,22 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,59 @@ def write_dist_checkpoint(
     """Write `chunks`, which together must cover their tensors, as a torch_dist checkpoint that Megatron loads."""
     directory.mkdir(parents=True)
     planner = _StreamingPlanner(chunks, on_written)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+    with _one_process():
         dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True)
     torch.save({}, directory / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+
+class _RectanglePlanner(DefaultLoadPlanner):
+    """Reads one rectangle of one tensor, from whatever chunks hold it."""
+
+    def __init__(self, key: str, offsets: tuple[int, ...], target: Tensor) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._key = key
+        self._target = target
+        self._rectangle = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=target.shape)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata[self._key]
+        assert isinstance(stored, TensorStorageMetadata)
+        return LoadPlan(create_read_items_for_chunk_list(self._key, stored, [self._rectangle]))
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing to do: what `resolve_tensor` gave is a view of the target."""
+
+
+class DistCheckpointReader:
+    """Shapes and parts of the tensors of a torch_dist checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self._storage = dcp.FileSystemReader(directory)
+        stored = self._storage.read_metadata().state_dict_metadata
+        self.tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """The tensor `key`, or one layer of a tensor stacked over layers, in its stored type."""
+        stored = self.tensors[key]
+        shape = tuple(stored.size) if layer is None else (1, *stored.size[1:])
+        target = torch.empty(shape, dtype=stored.properties.dtype)
+        offsets = (layer or 0,) + (0,) * (len(shape) - 1)
+        with _one_process():
+            dcp.load({}, storage_reader=self._storage, planner=_RectanglePlanner(key, offsets, target), no_dist=True)
+        return target if layer is None else target[0]
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """One process is what is meant: torch need not warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

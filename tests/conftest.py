@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_cases():
+    """Recorded cases of the published reference, by id; README beside the data."""
+    return {case["id"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
+
+
+@pytest.fixture(scope="session")
+def golden_logits():
+    return load_file(GOLDEN / "logits.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The golden data's model (256 tokens of vocabulary, no tokenizer), converted."""
+    from nemo_star.checkpoint.convert import import_checkpoint
+
+    target = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    import_checkpoint(GOLDEN / "models" / "tiny-a", target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """Process groups of one process, for tests in the test process."""
+    import torch
+
+    from nemo_star.distributed import Layout, create_groups, initialize_alone
+
+    initialize_alone()
+    return create_groups(Layout(tp=1, cp=1, dp=1, pp=1), torch.device("cpu"))
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for marker, needed in (("gpu", 1), ("multigpu", 2)):
+        for item in items:
+            if item.get_closest_marker(marker) and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {devices}"))

@@ -1,0 +1,49 @@
+"""Starting the tools as users do, and many runs of one tool in a single launch (a start takes 10 s and more)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_tool(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
+    """`python tools/...`, output captured."""
+    return _run([sys.executable, *map(str, arguments)], cwd, stdin, timeout)
+
+
+def torchrun(processes: int, *arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
+    """`torchrun --nproc-per-node N ...`, output captured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return _run([*launcher, *map(str, arguments)], cwd, stdin, timeout)
+
+
+def _run(command: list[str], cwd: Path | None, stdin: str, timeout: int):
+    return subprocess.run(
+        command, cwd=cwd, input=stdin, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def generate_many(processes: int, runs: list[list[str]], folder: Path) -> list[dict]:
+    """Run tools/generate.py with each of `runs` (argument lists) in one launch.
+
+    Returns per run {"code", "error", "stderr"}, the last being rank 0's.
+    """
+    (folder / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(processes, ROOT / "tests/run_generate.py", folder / "runs.json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "runs.json.results").read_text())
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

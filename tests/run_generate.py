@@ -1,0 +1,29 @@
+"""Worker of `launch.generate_many`: several runs of tools/generate.py in one set of processes."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import generate
+
+
+def one(arguments):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            code, message = generate.main(arguments), None
+        except (ValueError, OSError) as error:
+            code, message = 1, str(error)
+    return {"code": code, "error": message, "stderr": errors.getvalue()}
+
+
+if __name__ == "__main__":
+    runs = Path(sys.argv[1])
+    results = [one(arguments) for arguments in json.loads(runs.read_text())]
+    if os.environ["RANK"] == "0":
+        runs.with_name(runs.name + ".results").write_text(json.dumps(results))

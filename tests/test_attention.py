@@ -1,0 +1,139 @@
+"""Merge and kernels against plain float64 attention."""
+
+import pytest
+import torch
+
+from nemo_star.attention.kernels import get_kernel
+from nemo_star.attention.merge import merge_partials
+
+
+def reference(q, k, v, scale, causal):
+    """out [sq, b, np, hn], lse [sq, b, np] in float64, written for clarity."""
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = q.double(), k.double().repeat_interleave(repeats, 2), v.double().repeat_interleave(repeats, 2)
+    scores = torch.einsum("qbnh,kbnh->bnqk", q, k) * scale
+    if causal:
+        sq, sk = q.shape[0], k.shape[0]
+        hidden = torch.arange(sk)[None] > torch.arange(sq)[:, None] + sk - sq
+        scores[:, :, hidden] = float("-inf")
+    out = torch.einsum("bnqk,kbnh->qbnh", scores.softmax(-1), v)
+    return out, scores.logsumexp(-1).permute(2, 0, 1)
+
+
+def inputs(sq, sk, heads=4, groups=2, batch=1, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((sq, batch, heads, 16), (sk, batch, groups, 16), (sk, batch, groups, 16))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def kernels(dtype=torch.float32):
+    return [get_kernel(name, torch.device("cpu"), dtype) for name in ("cpu", "math")]
+
+
+SHAPES = [(1, 1), (1, 40), (7, 7), (7, 40), (64, 64), (33, 97)]
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("sq", "sk"), SHAPES)
+def test_kernels_compute_attention(kernel, heads, groups, batch, sq, sk):
+    q, k, v = inputs(sq, sk, heads, groups, batch)
+    for causal in (True, False):
+        out, lse = kernel.decode(q, k, v, 0.3, causal)
+        expected_out, expected_lse = reference(q, k, v, 0.3, causal)
+        torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+        assert out.dtype == lse.dtype == torch.float32
+    prefill = kernel.prefill(q, k, v, 0.3)
+    torch.testing.assert_close(prefill.double(), reference(q, k, v, 0.3, True)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+def test_no_keys_give_no_share(kernel):
+    q, k, v = inputs(3, 0)
+    out, lse = kernel.decode(q, k, v, 0.3, False)
+    assert torch.equal(out, torch.zeros(3, 1, 4, 16))
+    assert torch.equal(lse, torch.full((3, 1, 4), float("-inf")))
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+def test_views_of_a_larger_buffer_do(kernel):
+    q, k, v = inputs(5, 64)
+    views = k[8:40], v[8:40]
+    copies = k[8:40].clone(), v[8:40].clone()
+    torch.testing.assert_close(kernel.decode(q, *views, 0.3, True), kernel.decode(q, *copies, 0.3, True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_is_as_good_as_torch(causal):
+    """At most twice the error of torch's own bfloat16 attention against float32."""
+    q, k, v = inputs(64, 64, groups=4, dtype=torch.bfloat16)
+    exact = reference(q, k, v, 0.25, causal)[0]
+    batch_first = [x.permute(1, 2, 0, 3) for x in (q, k, v)]
+    own = torch.nn.functional.scaled_dot_product_attention(*batch_first, is_causal=causal, scale=0.25)
+    allowed = 2 * (own.permute(2, 0, 1, 3).double() - exact).abs().max()
+    for kernel in kernels(torch.bfloat16):
+        assert (kernel.decode(q, k, v, 0.25, causal)[0].double() - exact).abs().max() <= allowed
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
+    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: math, cpu"):
+        get_kernel("flash", torch.device("cpu"), torch.float32)
+    assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "cpu"
+
+
+def test_merge_of_parts_is_attention_over_all_keys():
+    q, k, v = inputs(6, 90)
+    parts = [
+        get_kernel("math", q.device, q.dtype).decode(q, k[a:b], v[a:b], 0.3, False) for a, b in ((0, 50), (50, 90))
+    ]
+    out, lse = merge_partials(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+    expected_out, expected_lse = reference(q, k, v, 0.3, False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [-100.0, 100.0, -1000.0, 1000.0])
+def test_merge_survives_any_gap(gap):
+    outs = torch.stack([torch.full((1, 1, 1, 4), 1.0), torch.full((1, 1, 1, 4), 2.0)])
+    out, lse = merge_partials(outs, torch.tensor([0.0, gap]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.full((1, 1, 1, 4), 1.0 if gap < 0 else 2.0))
+    assert lse.item() == max(0.0, gap)
+
+
+def test_merge_with_empty_parts():
+    empty = torch.tensor(float("-inf"))
+    outs = torch.stack([torch.full((1, 1, 1, 4), float("nan")), torch.full((1, 1, 1, 4), 2.0)])
+    out, lse = merge_partials(outs, torch.stack([empty, torch.tensor(3.0)]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.full((1, 1, 1, 4), 2.0))
+    assert lse.item() == 3.0
+    out, lse = merge_partials(outs, torch.stack([empty, empty]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.zeros(1, 1, 1, 4))
+    assert lse.item() == float("-inf")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("sq", "sk"), SHAPES)
+def test_flash_is_as_good_as_torch(dtype, sq, sk):
+    """At most twice the error of torch's own attention in the same type against float32 (and never below 1e-3)."""
+    kernel = get_kernel("flash", torch.device("cuda"), dtype)
+    q, k, v = inputs(sq, sk, dtype=dtype, device="cuda")
+    exact, exact_lse = reference(q.cpu(), k.cpu(), v.cpu(), 0.25, True)
+    mask = torch.ones(sq, sk, dtype=torch.bool, device="cuda").tril(sk - sq)
+    batch_first = [x.permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
+    own = torch.nn.functional.scaled_dot_product_attention(*batch_first, attn_mask=mask, scale=0.25)
+    allowed = max(2 * (own.permute(2, 0, 1, 3).cpu().double() - exact).abs().max().item(), 1e-3)
+    out, lse = kernel.decode(q, k, v, 0.25, True)
+    assert (out.cpu().double() - exact).abs().max() <= allowed
+    assert (lse.cpu().double() - exact_lse).abs().max() <= 1e-2
+    assert (kernel.prefill(q, k, v, 0.25).cpu().double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+def test_flash_over_no_keys():
+    q, k, v = inputs(3, 0, dtype=torch.bfloat16, device="cuda")
+    out, lse = get_kernel("flash", q.device, q.dtype).decode(q, k, v, 0.3, False)
+    assert not out.any()
+    assert lse.isneginf().all()

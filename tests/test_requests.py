@@ -1,0 +1,118 @@
+import json
+import os
+
+import pytest
+
+from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
+
+READER = RequestReader(vocab_size=100, tokenizer=None)
+
+
+def parse(**fields):
+    return READER.parse_line(json.dumps(fields).encode(), 4)
+
+
+def test_ids_and_further_fields():
+    request = parse(id="a", context_ids=[1, 2], query_ids=[3], outputs=["x"], length=7)
+    assert request == Request("a", 4, [1, 2], [3], {"outputs": ["x"], "length": 7})
+
+
+def test_names_of_the_published_reference():
+    assert parse(index=5, context_ids=[1], query_ids=[3]).id == 5
+    assert parse(index=5, id=6, context_ids=[1], query_ids=[3]).extra == {"index": 5}
+    assert "no tokenizer" in parse(index=5, input_context="a", input_query="b").error
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"query_ids": [1]}, "give either context (text) or context_ids"),
+        ({"context_ids": [1], "context": "x", "query_ids": [1]}, "give either context (text) or context_ids"),
+        ({"context_ids": [], "query_ids": [1]}, "the context is empty"),
+        ({"context_ids": [1], "query_ids": []}, "the query is empty"),
+        ({"context": "", "query": "a"}, "the context is empty"),
+        ({"context_ids": [1, 100], "query_ids": [1]}, "token id 100, outside the vocabulary of 100 tokens"),
+        ({"context_ids": [1, -1], "query_ids": [1]}, "token id -1, outside"),
+        ({"context_ids": [1, "2"], "query_ids": [1]}, "context_ids must be a list of integers"),
+        ({"context_ids": "12", "query_ids": [1]}, "context_ids must be a list of integers"),
+        ({"context_ids": [1.0], "query_ids": [1]}, "context_ids must be a list of integers"),
+        ({"context_ids": [True], "query_ids": [1]}, "context_ids must be a list of integers"),
+        ({"context": 5, "query": "a"}, "context must be a string, not int"),
+        ({"context": "\ud800", "query": "a"}, "not valid Unicode"),
+        ({"context": "x", "query": "a"}, "the checkpoint has no tokenizer: give token ids"),
+    ],
+)
+def test_a_bad_line_says_why_and_keeps_its_fields(fields, message):
+    bad = parse(id="a", note=1, **fields)
+    assert isinstance(bad, BadRequest)
+    assert message in bad.error
+    assert (bad.id, bad.index, bad.extra) == ("a", 4, {"note": 1})
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"\n", b"\xff\xfe", b"[" * 100000])
+def test_a_line_that_is_no_object(line):
+    bad = READER.parse_line(line, 0)
+    assert isinstance(bad, BadRequest)
+    assert bad.id is None
+
+
+def test_input_can_be_gone_through_twice(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"id": 1}\n{\n{"index": "x"}')
+    lines = InputFile(str(file))
+    assert list(lines.ids()) == [1, None, "x"]
+    assert len(list(lines)) == 3
+    with pytest.raises(OSError, match="missing"):
+        InputFile(str(tmp_path / "missing"))
+
+
+def test_output_is_written_line_by_line(tmp_path):
+    file = tmp_path / "out.jsonl"
+    output = OutputFile(file)
+    output.write({"id": 1, "text": "é"})
+    assert file.read_text() == '{"id": 1, "text": "é"}\n'
+    output.write({"id": "\ud800"})
+    assert json.loads(file.read_bytes().split(b"\n")[1])["id"] == "\ud800"
+
+
+def test_resuming_keeps_whole_lines_and_drops_a_torn_one(tmp_path):
+    file = tmp_path / "out.jsonl"
+    file.write_text('{"id": 1}\n{"id": 2}\n{"id": 3, "te')
+    output = OutputFile(file, resume=True)
+    assert [answer["id"] for answer in output.done] == [1, 2]
+    output.write({"id": 3})
+    assert file.read_text() == '{"id": 1}\n{"id": 2}\n{"id": 3}\n'
+
+
+def test_resuming_what_is_not_there_starts_it(tmp_path):
+    assert OutputFile(tmp_path / "out.jsonl", resume=True).done == []
+
+
+def test_output_of_another_input_is_refused(tmp_path):
+    check_resumed([{"id": 1}], iter([1, 2]))
+    with pytest.raises(ValueError, match="output line 2 has id 3, input line 2 has 2"):
+        check_resumed([{"id": 1}, {"id": 3}], iter([1, 2]))
+    with pytest.raises(ValueError, match="output holds 2 lines, the input only 1"):
+        check_resumed([{"id": 1}, {"id": 3}], iter([1]))
+    file = tmp_path / "out.jsonl"
+    file.write_text("no json\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        OutputFile(file, resume=True)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
+    file = tmp_path / "out.jsonl"
+    output = OutputFile(file)
+    output.write({"id": 1})
+    real, calls = os.write, []
+
+    def half_then_full(descriptor, data):
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half_then_full)
+    with pytest.raises(OSError, match="No space left"):
+        output.write({"id": 2})
+    assert file.read_text() == '{"id": 1}\n'
