@@ -105,14 +105,22 @@ class FrontDesk:
             self._described = sizes
             self._tell(self._description(partition, kernel, dtype))
         single = self.config.input is None
+        if single:
+            blocks = len(partition.blocks_of(0))
+            self._bar = tqdm(total=blocks, desc="prefill", unit="block", file=sys.stderr, leave=False)
         return Answer(
             request,
             self.config.inference,
             self.tokenizer,
             end_ids=self.end_ids,
-            show=_print if single else lambda piece: None,
+            show=self._show if single else lambda piece: None,
             keep_logits=self.config.output_logits is not None,
         )
+
+    def block_done(self) -> None:
+        """Progress of a single question: one of this rank's blocks is encoded."""
+        if self.config.input is None:
+            self._bar.update()
 
     def finish(self, answer: Answer, prefill: Prefill) -> None:
         answer.finish()
@@ -121,7 +129,8 @@ class FrontDesk:
             self._logits[f"{answer.request.id}/logits"] = torch.stack(answer.logits)
         if self._output:
             self._output.write(answer.line(self._stats))
-        self._bar.update()
+        if self.config.input is not None:
+            self._bar.update()
 
     def reject(self, request: BadRequest) -> None:
         """Write the line of a request that cannot run."""
@@ -169,16 +178,17 @@ class FrontDesk:
             f"{ranks} context-parallel rank{'s' * (ranks > 1)} holding {held} tokens; kernel {kernel}, {dtype}"
         )
 
+    def _show(self, piece: str) -> None:
+        """Text of a single question's answer, as it comes."""
+        self._bar.close()
+        print(piece, end="", flush=True)
+
     def _tell(self, message: str, *, warning: bool = False) -> None:
         """Say something on standard error, once."""
         if message not in self._told:
             self._told.add(message)
             with tqdm.external_write_mode(file=sys.stderr):
                 warn(message) if warning else print(message, file=sys.stderr, flush=True)
-
-
-def _print(piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 def read_text(config: GenerateConfig, name: str) -> str:

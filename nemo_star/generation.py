@@ -74,7 +74,8 @@ def answer(engine: Engine, desk: FrontDesk, request: Request, *, tokens_to_gener
     if dist.get_rank() == 0:
         growing = desk.begin(request, partition, kernel=engine.state.kernel.name, dtype=str(engine.dtype))
     new_tokens = len(request.query_ids) + tokens_to_generate
-    prefill = engine.encode_context(request.context_ids, new_tokens=new_tokens)
+    on_block = desk.block_done if growing else lambda: None
+    prefill = engine.encode_context(request.context_ids, new_tokens=new_tokens, on_block=on_block)
     steps = engine.generate(
         request.query_ids, tokens_to_generate=tokens_to_generate, choose=growing.choose if growing else None
     )

@@ -85,10 +85,9 @@ def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
 
 def test_merge_of_parts_is_attention_over_all_keys():
     q, k, v = inputs(6, 90)
-    parts = [
-        get_kernel("math", q.device, q.dtype).decode(q, k[a:b], v[a:b], 0.3, False) for a, b in ((0, 50), (50, 90))
-    ]
-    out, lse = merge_partials(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+    kernel = get_kernel("math", q.device, q.dtype)
+    parts = [kernel.decode(q, k[start:stop], v[start:stop], 0.3, False) for start, stop in ((0, 50), (50, 90))]
+    out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
     expected_out, expected_lse = reference(q, k, v, 0.3, False)
     torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)

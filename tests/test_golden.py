@@ -67,7 +67,7 @@ def answers(tiny, tmp_path_factory):
 
 def check(answer, case, golden_logits):
     line, logits = answer
-    # With several ranks and query tokens the reference masks keys that the paper lets the query see: `fullctx` does not.
+    # With several ranks and query tokens the reference masks keys that the paper shows the query: `fullctx` does not.
     prefix = "fullctx_" if case["has_fullctx"] else ""
     expected = golden_logits[f"{case['id']}/{prefix}logits"]
     assert line["token_ids"] == case[f"{prefix}generated_ids"]
