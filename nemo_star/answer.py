@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_star.config import InferenceConfig
@@ -13,6 +15,14 @@ from nemo_star.engine import Prefill, Step
 from nemo_star.requests import Request
 from nemo_star.sampling import Sampler
 from nemo_star.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer: its JSON line and, where wanted, the logits [new_tokens, vocab] float32."""
+
+    line: dict[str, Any]
+    logits: Tensor | None
 
 
 class Answer:
@@ -60,27 +70,14 @@ class Answer:
         return token, ended
 
     def keep(self, step: Step) -> None:
-        if self._keep_logits:
+        if self._keep_logits and step.logits is not None:
             self.logits.append(step.logits.cpu())
 
-    def finish(self) -> None:
-        """Show what was held back in case more tokens came."""
+    def finish(self, prefill: Prefill) -> Result:
+        """No more tokens come: show what was held back, and close the books."""
         if self._stream:
             self._show(self._stream.finish())
-
-    def stats(self, prefill: Prefill) -> dict[str, Any]:
-        """Times in seconds; decode speed counts the tokens after the first."""
-        decoding = self._last_token - self._first_token
-        return {
-            "prefill_seconds": prefill.seconds,
-            "time_to_first_token_seconds": self._first_token - self._started,
-            "decode_tokens_per_second": (len(self.token_ids) - 1) / decoding if decoding > 0 else None,
-            "kv_tokens_per_cp_rank": prefill.kv_tokens_per_cp_rank,
-        }
-
-    def line(self, stats: dict[str, Any]) -> dict[str, Any]:
-        """The JSON line of this answer: the request's own fields, then ours."""
-        return {
+        line = {
             "id": self.request.id,
             **self.request.extra,
             "text": self._stream.text if self._stream else None,
@@ -88,7 +85,18 @@ class Answer:
             "finish_reason": self.finish_reason,
             "context_tokens": len(self.request.context_ids),
             "query_tokens": len(self.request.query_ids),
-            "stats": stats,
+            "stats": self._stats(prefill),
+        }
+        return Result(line, torch.stack(self.logits) if self.logits else None)
+
+    def _stats(self, prefill: Prefill) -> dict[str, Any]:
+        """Times in seconds; decode speed counts the tokens after the first."""
+        decoding = self._last_token - self._first_token
+        return {
+            "prefill_seconds": prefill.seconds,
+            "time_to_first_token_seconds": self._first_token - self._started,
+            "decode_tokens_per_second": (len(self.token_ids) - 1) / decoding if decoding > 0 else None,
+            "kv_tokens_per_cp_rank": prefill.kv_tokens_per_cp_rank,
         }
 
 

@@ -56,16 +56,6 @@ def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout
             f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
             f"* pipeline_model_parallel_size {pp} * context_parallel_size {cp} = {tp * pp * cp}"
         )
-    unsupported = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    for name, size in unsupported.items():
-        if size > 1:
-            raise ValueError(f"parallel.{name}={size} is not supported in this version: use 1")
-    if rest // cp > 1:
-        raise ValueError(
-            f"world size {world_size} leaves {rest // cp} data-parallel replicas beside "
-            f"context_parallel_size {cp}, and data parallelism is not supported in this version: "
-            f"start {tp * pp * cp} processes"
-        )
     return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
 
 
@@ -91,14 +81,49 @@ def initialize_alone(backend: str = "gloo") -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def create_groups(layout: Layout, device: torch.device) -> ProcessGroupCollection:
-    """Megatron's collection with the groups that inference uses; nothing is trained, so no embedding groups."""
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one rank."""
+
+    collection: ProcessGroupCollection
+    """Megatron's: tp, cp, pp, dp, dp_cp; goes through the constructors of its modules."""
+    replica: dist.ProcessGroup
+    """The ranks that answer one request together: tp, cp and pp."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.collection.cp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.collection.dp
+
+
+def create_groups(layout: Layout, device: torch.device) -> Groups:
+    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
     mesh = init_device_mesh(
         device.type, (layout.pp, layout.dp, layout.cp, layout.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
     )
     groups = {name: mesh.get_group(name) for name in ("tp", "cp", "pp", "dp")}
-    dp_cp = mesh["dp", "cp"]._flatten("dp_cp").get_group()  # replicas of a weight, for dist_checkpointing
-    return ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None)
+    dp_cp = mesh["dp", "cp"]._flatten("dp_cp").get_group()  # the copies of a weight, for dist_checkpointing
+    replica = mesh["pp", "cp", "tp"]._flatten("replica").get_group()
+    return Groups(ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None), replica)
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's contiguous `tensor`, stacked in rank order: [group size, *shape]; one collective."""
+    gathered = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
+    # torch 2.13 renames the function and warns of its old name.
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(gathered, tensor, group=group)
+    return gathered.view(group.size(), *tensor.shape)
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_star.attention import AttentionState
 from nemo_star.config import AttentionConfig
-from nemo_star.distributed import gather_objects
+from nemo_star.distributed import Groups, gather_objects
 from nemo_star.model import StarGPTModel
 from nemo_star.partition import Block, Partition
+from nemo_star.pipeline import Pipeline
 
 Choose = Callable[[Tensor], tuple[int, bool]]
-"""Logits [vocab] float32 -> (token, whether it ends the answer). Called on the first cp rank only."""
+"""Logits [vocab] float32 -> (token, whether it ends the answer). Asked on the replica's first rank only."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,25 @@ class Prefill:
     """What encoding a context took."""
 
     seconds: float
-    """Wall time of the slowest cp rank."""
+    """Wall time of the slowest rank."""
     kv_tokens_per_cp_rank: list[int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token, and the logits [vocab] float32 it was chosen from."""
+    """One generated token; on the replica's first rank, the logits [vocab] float32 it was chosen from."""
 
     token: int
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Engine:
-    """Runs requests one after another on every rank of a replica; all ranks call the same methods."""
+    """Runs requests one after another; all ranks of a replica call the same methods with the same requests."""
 
-    def __init__(
-        self, model: StarGPTModel, state: AttentionState, groups: ProcessGroupCollection, attention: AttentionConfig
-    ) -> None:
-        self.model = model
+    def __init__(self, model: StarGPTModel, state: AttentionState, groups: Groups, attention: AttentionConfig) -> None:
+        self.stage = Pipeline(model, groups.pp)
         self.state = state
-        self.cp_group: dist.ProcessGroup = groups.cp
+        self.groups = groups
         self.attention = attention
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -55,7 +53,7 @@ class Engine:
     def partition(self, context_tokens: int) -> Partition:
         """How a context of this length is cut and dealt out."""
         block_size, anchor_size = self.attention.sizes(context_tokens)
-        return Partition(context_tokens, block_size, anchor_size, self.cp_group.size())
+        return Partition(context_tokens, block_size, anchor_size, self.groups.cp.size())
 
     @torch.inference_mode()
     def encode_context(
@@ -68,26 +66,26 @@ class Engine:
             new_tokens: query and generated tokens to keep room for.
             on_block: called after each of this rank's blocks.
         """
+        started = time.perf_counter()
         partition = self.partition(len(context_ids))
         ids = torch.tensor(context_ids, device=self.device)
-        cp_rank = self.cp_group.rank()
+        cp_rank = self.groups.cp.rank()
         self.state.cache.reset(partition.tokens_of(cp_rank) + new_tokens)
-        dist.barrier(self.cp_group)
-        started = time.perf_counter()
         for block in partition.blocks_of(cp_rank):
             self._encode_block(ids, block)
             on_block()
         self._synchronize()
         elapsed = time.perf_counter() - started
-        reports = gather_objects((elapsed, self.state.cache.tokens), self.cp_group)
-        self._kv_tokens = [tokens for _, tokens in reports]
-        return Prefill(max(seconds for seconds, _ in reports), list(self._kv_tokens))
+        reports = gather_objects((cp_rank, self.state.cache.tokens, elapsed), self.groups.replica)
+        held = {rank: tokens for rank, tokens, _ in reports}
+        self._kv_tokens = [held[rank] for rank in range(len(held))]
+        return Prefill(max(seconds for _, _, seconds in reports), list(self._kv_tokens))
 
     @torch.inference_mode()
     def generate(self, query_ids: Sequence[int], *, tokens_to_generate: int, choose: Choose | None) -> Iterator[Step]:
         """Phase 2: encode the query, then decode token by token, until `choose` ends it or the number is reached.
 
-        `choose` is asked on the first cp rank; the others may give None.
+        `choose` is asked on the replica's first rank; the others may give None.
         """
         position = sum(self._kv_tokens)
         tokens = list(query_ids)
@@ -105,27 +103,30 @@ class Engine:
         if block.anchor_size:
             positions = torch.cat((torch.arange(block.anchor_size, device=self.device), positions))
         self.state.block = block
-        self.model.encode(context_ids[positions][None], positions[None])
+        self.stage.encode(context_ids[positions][None], positions[None])
 
-    def _decode(self, tokens: Sequence[int], position: int) -> Tensor:
+    def _decode(self, tokens: Sequence[int], position: int) -> Tensor | None:
         """Logits [vocab] after `tokens`, which start at `position`; their K/V go to the least loaded cp rank."""
         owner = self._kv_tokens.index(min(self._kv_tokens))
         self._kv_tokens[owner] += len(tokens)
         self.state.block = None
-        self.state.caches_new_tokens = owner == self.cp_group.rank()
+        self.state.caches_new_tokens = owner == self.groups.cp.rank()
         ids = torch.tensor(tokens, device=self.device)
         positions = torch.arange(position, position + len(tokens), device=self.device)
-        return self.model.next_token_logits(ids[None], positions[None])[0]
+        logits = self.stage.next_token_logits(ids[None], positions[None])
+        if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
+            logits = self.stage.logits_to_first(logits)
+        return logits[0] if logits is not None and self.groups.replica.rank() == 0 else None
 
-    def _agree(self, logits: Tensor, choose: Choose | None) -> tuple[int, bool]:
-        """The first cp rank's choice, on every rank: machines may round differently, and all must stop together."""
+    def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
+        """The first rank's choice, on every rank: machines may round differently, and all must stop together."""
         choice = torch.zeros(2, dtype=torch.int64, device=self.device)
-        if self.cp_group.rank() == 0:
+        if logits is not None:
             assert choose is not None
             token, ended = choose(logits)
             choice[0], choice[1] = token, int(ended)
-        if self.cp_group.size() > 1:
-            dist.broadcast(choice, group=self.cp_group, group_src=0)
+        if self.groups.replica.size() > 1:
+            dist.broadcast(choice, group=self.groups.replica, group_src=0)
         token, ended = choice.tolist()
         return token, bool(ended)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +15,68 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_star.answer import Answer, summary
-from nemo_star.checkpoint.description import HF_FOLDER, CheckpointDescription
+from nemo_star.answer import Answer, Result, summary
+from nemo_star.checkpoint.description import HF_FOLDER
 from nemo_star.config import SMALL_BLOCK_TOKENS, GenerateConfig
-from nemo_star.engine import Prefill
 from nemo_star.launch import EXIT_BAD_LINES, warn
+from nemo_star.model import ModelConfig
 from nemo_star.partition import Partition
 from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
 from nemo_star.tokenizer import Tokenizer, end_token_ids
 
 
-class FrontDesk:
-    """Reads and checks requests, shows and writes answers. Made on every rank, used on rank 0 only."""
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive lines of the input: at most one request per replica, and the bad lines between them."""
 
-    def __init__(self, config: GenerateConfig, description: CheckpointDescription) -> None:
+    items: list[Request | BadRequest]
+
+    @property
+    def requests(self) -> list[Request]:
+        return [item for item in self.items if isinstance(item, Request)]
+
+
+class FrontDesk:
+    """Reads and checks requests, shows and writes answers: on rank 0; every replica's first rank makes answers."""
+
+    def __init__(self, config: GenerateConfig, model: ModelConfig) -> None:
         self.config = config
-        self.model = description.model
+        self.model = model
         self.tokenizer: Tokenizer | None = None
         self.end_ids: frozenset[int] = frozenset()
         self._reader: RequestReader
-        self._requests: Iterator[Request | BadRequest] = iter(())
+        self._items: Iterator[Request | BadRequest] = iter(())
         self._output: OutputFile | None = None
         self._bar = tqdm(disable=True)
         self._logits: dict[str, Tensor] = {}
-        self._stats: dict[str, Any] = {}
+        self._last_line: dict[str, Any] = {}
         self._any_bad = False
+        self._runs_as = ""
+        self._cp_size = 1
         self._described: tuple[int, int] | None = None
         self._told: set[str] = set()
 
     # Before the weights are loaded
 
+    def load_tokenizer(self) -> None:
+        """What every rank needs that chooses tokens."""
+        hf_files = Path(str(self.config.checkpoint)) / HF_FOLDER
+        self.tokenizer = Tokenizer.load(hf_files)
+        if not self.config.inference.ignore_eos:
+            self.end_ids = end_token_ids(hf_files, self.tokenizer)
+        if self.config.inference.end_strings and self.tokenizer is None:
+            raise ValueError("inference.end_strings needs text, and the checkpoint has no tokenizer")
+
     def open(self) -> None:
         """Check everything that can be checked without the weights; nothing is written yet."""
         config = self.config
-        hf_files = Path(str(config.checkpoint)) / HF_FOLDER
-        self.tokenizer = Tokenizer.load(hf_files)
-        if not config.inference.ignore_eos:
-            self.end_ids = end_token_ids(hf_files, self.tokenizer)
-        if config.inference.end_strings and self.tokenizer is None:
-            raise ValueError("inference.end_strings needs text, and the checkpoint has no tokenizer")
         self._reader = RequestReader(self.model.vocab_size, self.tokenizer, config.chat_template)
         check_target("output", config.output, replace=config.overwrite or config.resume)
         check_target("output_logits", config.output_logits, replace=config.overwrite)
         if config.input is None:
             request = self._reader.from_text(read_text(config, "context"), read_text(config, "query"))
             self._check_sizes(request)
-            self._requests = iter([request])
+            self._items = iter([request])
         else:
             self._open_input(config.input)
 
@@ -76,22 +93,12 @@ class FrontDesk:
             check_resumed(self._output.done, lines.ids())
             done = len(self._output.done)
             self._any_bad = any("error" in answer for answer in self._output.done)
-        self._requests = (self._reader.parse_line(line, index) for index, line in enumerate(lines) if index >= done)
+        self._items = (self._parsed(line, index) for index, line in enumerate(lines) if index >= done)
         self._bar = tqdm(total=sum(1 for _ in lines), initial=done, desc="requests", file=sys.stderr)
 
-    # While requests run
-
-    def start(self) -> None:
-        """The weights are loaded: outputs may be touched."""
-        config = self.config
-        if config.overwrite and config.output_logits:
-            Path(config.output_logits).unlink(missing_ok=True)
-        if self._output is None and (config.output is not None or config.input is not None):
-            self._output = OutputFile(Path(config.output) if config.output else None)
-
-    def next_request(self) -> Request | BadRequest | None:
-        """The next request that fits the model, or what is wrong with it; None after the last."""
-        request = next(self._requests, None)
+    def _parsed(self, line: bytes, index: int) -> Request | BadRequest:
+        """The request of a line if it fits the model, else what is wrong with it."""
+        request = self._reader.parse_line(line, index)
         if isinstance(request, Request):
             try:
                 self._check_sizes(request)
@@ -99,15 +106,33 @@ class FrontDesk:
                 return BadRequest(request.id, request.index, str(error), request.extra)
         return request
 
-    def begin(self, request: Request, partition: Partition, *, kernel: str, dtype: str) -> Answer:
-        """Say what will run before it runs, and start the answer."""
-        if (sizes := (partition.block_size, partition.anchor_size)) != self._described:
-            self._described = sizes
-            self._tell(self._description(partition, kernel, dtype))
+    # While requests run
+
+    def start(self, *, kernel: str, dtype: torch.dtype, cp_size: int) -> None:
+        """The weights are loaded: outputs may be touched."""
+        config = self.config
+        self._runs_as = f"kernel {kernel}, {str(dtype).removeprefix('torch.')}"
+        self._cp_size = cp_size
+        if config.overwrite and config.output_logits:
+            Path(config.output_logits).unlink(missing_ok=True)
+        if self._output is None and (config.output is not None or config.input is not None):
+            self._output = OutputFile(Path(config.output) if config.output else None)
+
+    def next_batch(self, replicas: int) -> Batch | None:
+        """The next lines, with at most one request per replica; None after the last. Says what will run."""
+        items: list[Request | BadRequest] = []
+        wanted = replicas
+        while wanted and (item := next(self._items, None)) is not None:
+            items.append(item)
+            wanted -= isinstance(item, Request)
+        batch = Batch(items)
+        for request in batch.requests:
+            self._describe(len(request.context_ids))
+        return batch if items else None
+
+    def begin(self, request: Request) -> Answer:
+        """An answer to fill, on the first rank of the replica that runs the request."""
         single = self.config.input is None
-        if single:
-            blocks = len(partition.blocks_of(0))
-            self._bar = tqdm(total=blocks, desc="prefill", unit="block", file=sys.stderr, leave=False)
         return Answer(
             request,
             self.config.inference,
@@ -122,29 +147,29 @@ class FrontDesk:
         if self.config.input is None:
             self._bar.update()
 
-    def finish(self, answer: Answer, prefill: Prefill) -> None:
-        answer.finish()
-        self._stats = answer.stats(prefill)
-        if answer.logits:
-            self._logits[f"{answer.request.id}/logits"] = torch.stack(answer.logits)
-        if self._output:
-            self._output.write(answer.line(self._stats))
-        if self.config.input is not None:
-            self._bar.update()
+    def take(self, batch: Batch, results: Sequence[Result]) -> None:
+        """Write the lines of a batch, in the order of the input."""
+        remaining = iter(results)
+        for item in batch.items:
+            if isinstance(item, BadRequest):
+                self._any_bad = True
+                line = {"id": item.id, **item.extra, "error": item.error}
+            else:
+                result = next(remaining)
+                line = self._last_line = result.line
+                if result.logits is not None:
+                    self._logits[f"{item.id}/logits"] = result.logits
+            if self._output:
+                self._output.write(line)
+            if self.config.input is not None:
+                self._bar.update()
 
-    def reject(self, request: BadRequest) -> None:
-        """Write the line of a request that cannot run."""
-        self._any_bad = True
-        assert self._output is not None
-        self._output.write({"id": request.id, **request.extra, "error": request.error})
-        self._bar.update()
-
-    def close(self, peak_memory_bytes: list[int]) -> int:
+    def close(self, peak_memory_bytes: Sequence[int]) -> int:
         """Write what is written at the end; the exit code."""
         self._bar.close()
         if self.config.input is None:
             print(flush=True)
-            self._tell(summary(self._stats))
+            self._tell(summary(self._last_line["stats"]))
         peaks = " + ".join(f"{peak / 2**20:.0f}" for peak in peak_memory_bytes)
         self._tell(f"peak memory per rank: {peaks} MiB")
         if self.config.output_logits is not None:
@@ -165,18 +190,23 @@ class FrontDesk:
                 warning=True,
             )
 
-    def _description(self, partition: Partition, kernel: str, dtype: str) -> str:
-        kind, ranks = self.config.attention.kind, partition.cp_size
-        dtype = dtype.removeprefix("torch.")
-        held = " + ".join(str(partition.tokens_of(rank)) for rank in range(ranks))
+    def _describe(self, context_tokens: int) -> None:
+        """Say what will run before it runs, once for each pair of sizes."""
+        config = self.config.attention
+        partition = Partition(context_tokens, *config.sizes(context_tokens), cp_size=self._cp_size)
+        if (sizes := (partition.block_size, partition.anchor_size)) == self._described:
+            return
+        self._described = sizes
         cut = ""
-        if kind == "star":
-            anchor = f"anchor of {partition.anchor_size} tokens ({self.config.attention.anchor})"
+        if config.kind == "star":
+            anchor = f"anchor of {partition.anchor_size} tokens ({config.anchor})"
             cut = f", {partition.num_blocks} blocks of {partition.block_size} tokens, {anchor}"
-        return (
-            f"{kind} attention: {partition.context_tokens} context tokens{cut}; "
-            f"{ranks} context-parallel rank{'s' * (ranks > 1)} holding {held} tokens; kernel {kernel}, {dtype}"
-        )
+        held = " + ".join(str(partition.tokens_of(rank)) for rank in range(self._cp_size))
+        ranks = f"{self._cp_size} context-parallel rank{'s' * (self._cp_size > 1)} holding {held} tokens"
+        self._tell(f"{config.kind} attention: {context_tokens} context tokens{cut}; {ranks}; {self._runs_as}")
+        if self.config.input is None:
+            blocks = len(partition.blocks_of(0))
+            self._bar = tqdm(total=blocks, desc="prefill", unit="block", file=sys.stderr, leave=False)
 
     def _show(self, piece: str) -> None:
         """Text of a single question's answer, as it comes."""

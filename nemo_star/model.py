@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_star.attention import ATTENTION, AttentionState
+from nemo_star.distributed import all_gather
 from nemo_star.rotary import PositionRotaryEmbedding, RopeScaling
 
 
@@ -44,8 +49,51 @@ class ModelConfig:
             )
 
 
-def transformer_config(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
+def check_layout(model: ModelConfig, *, tp: int, pp: int) -> None:
+    """Refuse tensor and pipeline sizes that the model does not divide by.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    divided = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "ffn_hidden_size": model.ffn_hidden_size,
+    }
+    for name, size in divided.items():
+        if size % tp:
+            raise ValueError(f"the model's {name} {size} is not divisible by tensor_model_parallel_size {tp}")
+    if model.num_layers < pp:
+        raise ValueError(f"the model's {model.num_layers} layers do not fill pipeline_model_parallel_size {pp} stages")
+
+
+class StageLayout(PipelineParallelLayerLayout):
+    """Layers per pipeline stage, the first stages one more; for one stage, given its rank.
+
+    The stock class asks Megatron's global parallel state for the rank, which stays untouched here.
+    """
+
+    def __init__(self, num_layers: int, pp_group: dist.ProcessGroup) -> None:
+        stages = pp_group.size()
+        share, extra = divmod(num_layers, stages)
+        layout = [["decoder"] * (share + (stage < extra)) for stage in range(stages)]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
+        super().__init__(layout, stages)
+        self._pp_rank = pp_group.rank()
+
+    def get_num_layers_to_build(self, layer_type: Any = LayerType.decoder, *_: Any, **__: Any) -> int:
+        return super().get_num_layers_to_build(layer_type, pp_rank=self._pp_rank)
+
+    def get_layer_offset(self, layer_type: Any = LayerType.decoder, *_: Any, **__: Any) -> int:
+        return super().get_layer_offset(layer_type, pp_rank=self._pp_rank)
+
+
+def transformer_config(
+    model: ModelConfig, groups: ProcessGroupCollection, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
     """Megatron's configuration for inference of `model`; nothing is initialised, a checkpoint follows."""
+    stages = groups.pp.size()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -66,6 +114,9 @@ def transformer_config(model: ModelConfig, dtype: torch.dtype, device: torch.dev
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=stages,
+        pipeline_model_parallel_layout=StageLayout(model.num_layers, groups.pp) if stages > 1 else None,
         perform_initialization=False,
         use_cpu_initialization=device.type == "cpu",
         cuda_graph_scope=[],
@@ -83,31 +134,56 @@ def layer_spec(kind: str, state: AttentionState) -> ModuleSpec:
 class StarGPTModel(GPTModel):
     """GPTModel that takes explicit position ids and computes logits only where they are wanted."""
 
-    def __init__(self, config: TransformerConfig, spec: ModuleSpec, model: ModelConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, spec: ModuleSpec, model: ModelConfig, groups: ProcessGroupCollection
+    ) -> None:
+        tp, pp_rank = groups.tp.size(), groups.pp.rank()
         super().__init__(
             config,
             spec,
-            vocab_size=model.vocab_size,
+            vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
             max_sequence_length=model.max_position_embeddings,
+            pre_process=pp_rank == 0,
+            post_process=pp_rank == groups.pp.size() - 1,
             position_embedding_type="none",  # ours is set below; the stock one wants CUDA
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             parallel_output=True,
-            **kwargs,
+            pg_collection=groups,
         )
         self.position_embedding_type = "rope"
         device = next(self.parameters()).device
         self.rotary_pos_emb = PositionRotaryEmbedding(
             model.kv_channels, base=model.rotary_base, scaling=model.rope_scaling, device=device
         )
+        self.true_vocab_size = model.vocab_size
         self._logits_wanted = True
 
-    def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Run the layers for what they leave in the K/V cache; the head is not computed. ids and positions [b, s]."""
-        self._run(input_ids, position_ids, logits_wanted=False)
+    def encode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the layers, for what they leave in the K/V cache, without the head; ids and positions [b, s].
+
+        Returns the hidden states [s, b, h], which the next pipeline stage takes.
+        """
+        return self._run(input_ids, position_ids, logits_wanted=False)
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Logits [b, vocab] float32 of the token after the last of input_ids [b, s] at position_ids [b, s]."""
         return self._run(input_ids, position_ids, logits_wanted=True)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Nothing to set up: the stock method prepares tied weights of several stages for training, on CUDA."""
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, *_: Any
+    ) -> None:
+        """The last stage's head is read from the embedding; the stock method asks the global parallel state."""
+        if self.post_process and not self.pre_process:
+            sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.output_layer.weight,
+                key=first_stage_word_emb_key,
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+                dp_cp_group=self.pg_collection.dp_cp,
+            )
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, *, logits_wanted: bool) -> Tensor:
         self._logits_wanted = logits_wanted
@@ -118,9 +194,12 @@ class StarGPTModel(GPTModel):
         """hidden_states [s, b, h] -> logits [b, vocab] of the last position: those of a 128K block would be 34 GB."""
         if not self._logits_wanted:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _bias = self.output_layer(hidden_states[-1:], weight=weight)
-        return logits[0].float()
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits = self.output_layer(hidden_states[-1:], weight=weight)[0][0].float()  # [b, vocab / tp]
+        if self.tp_group.size() > 1:
+            logits = torch.cat(tuple(all_gather(logits, self.tp_group)), dim=-1)
+        return logits[:, : self.true_vocab_size]
 
 
 def build_model(
@@ -132,6 +211,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> StarGPTModel:
-    """A GPTModel of shape `model` with attention `kind`, weights not initialised, in eval mode."""
-    config = transformer_config(model, dtype, device)
-    return StarGPTModel(config, layer_spec(kind, state), model, pg_collection=groups).eval().requires_grad_(False)
+    """This rank's part of a GPTModel of shape `model`, weights not initialised, in eval mode."""
+    check_layout(model, tp=groups.tp.size(), pp=groups.pp.size())
+    config = transformer_config(model, groups, dtype, device)
+    return StarGPTModel(config, layer_spec(kind, state), model, groups).eval().requires_grad_(False)

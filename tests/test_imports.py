@@ -10,14 +10,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_star"
 ORDER = [
     {"config", "launch"},
-    {"cli", "distributed", "partition", "rotary", "attention.merge", "memory"},
+    {"cli", "distributed", "partition", "rotary", "memory"},
+    {"attention.merge"},
     {"attention.kernels", "cache"},
     {"attention.core"},
     {"attention.star", "attention.dense"},
     {"attention"},
     {"model"},
     {"checkpoint"},
-    {"sampling", "tokenizer"},
+    {"pipeline", "sampling", "tokenizer"},
     {"requests"},
     {"engine"},
     {"answer"},

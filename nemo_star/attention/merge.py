@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renames it and warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from nemo_star.distributed import all_gather
 
 
 def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +46,5 @@ def merge_over_group(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tens
     """
     if group.size() == 1:
         return out
-    packed = torch.cat((out, lse.unsqueeze(-1)), dim=-1).contiguous()
-    gathered = packed.new_empty(group.size() * packed.shape[0], *packed.shape[1:])
-    _all_gather(gathered, packed, group=group)
-    parts = gathered.view(group.size(), *packed.shape)
+    parts = all_gather(torch.cat((out, lse.unsqueeze(-1)), dim=-1), group)
     return merge_partials(parts[..., :-1], parts[..., -1])[0]
