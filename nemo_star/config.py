@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-ATTENTION_KINDS = ("star", "dense")
+ATTENTION_KINDS = ("star", "dense", "ring", "ulysses")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BLOCKS = 4
 MAX_DEFAULT_BLOCK_SIZE = 32768
@@ -28,8 +28,9 @@ class AttentionConfig:
     """Tokens of one context block; None: ceil(context / 4), at most 32,768."""
     anchor_size: int | None = None
     """Tokens of the anchor, the start of the first block; None: the block size; 0: no anchor."""
-    anchor: Literal["recompute"] = "recompute"
-    """`recompute` runs the anchor's tokens through the model again for every block, as the paper does."""
+    anchor: Literal["shared", "recompute"] = "shared"
+    """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
+    model again for every block, as the paper does. Same result up to rounding."""
     kernel: Literal["auto", "flash", "cpu", "math"] = "auto"
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class AttentionConfig:
 
     def sizes(self, context_tokens: int) -> tuple[int, int]:
         """(block size, anchor size) in tokens for a context of `context_tokens` tokens."""
-        if self.kind == "dense":
+        if self.kind != "star":
             return context_tokens, 0
         default = min(-(-context_tokens // DEFAULT_BLOCKS), MAX_DEFAULT_BLOCK_SIZE)
         block_size = default if self.block_size is None else self.block_size

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_star.attention import AttentionState
+from nemo_star.attention import AttentionState, SharedAnchor
 from nemo_star.config import AttentionConfig
 from nemo_star.distributed import Groups, gather_objects
 from nemo_star.model import StarGPTModel
-from nemo_star.partition import Block, Partition
+from nemo_star.partition import PARTITIONS, Block, Partition
 from nemo_star.pipeline import Pipeline
 
 Choose = Callable[[Tensor], tuple[int, bool]]
@@ -53,7 +53,7 @@ class Engine:
     def partition(self, context_tokens: int) -> Partition:
         """How a context of this length is cut and dealt out."""
         block_size, anchor_size = self.attention.sizes(context_tokens)
-        return Partition(context_tokens, block_size, anchor_size, self.groups.cp.size())
+        return PARTITIONS[self.attention.kind](context_tokens, block_size, anchor_size, self.groups.cp.size())
 
     @torch.inference_mode()
     def encode_context(
@@ -71,9 +71,14 @@ class Engine:
         ids = torch.tensor(context_ids, device=self.device)
         cp_rank = self.groups.cp.rank()
         self.state.cache.reset(partition.tokens_of(cp_rank) + new_tokens)
-        for block in partition.blocks_of(cp_rank):
+        self.state.partition = partition
+        self.state.anchor = anchor = self._shared_anchor(partition)
+        for block in partition.ranks[cp_rank]:
             self._encode_block(ids, block)
             on_block()
+        if anchor is not None:
+            anchor.finish()
+        self.state.partition = self.state.anchor = None
         self._synchronize()
         elapsed = time.perf_counter() - started
         reports = gather_objects((cp_rank, self.state.cache.tokens, elapsed), self.groups.replica)
@@ -99,11 +104,26 @@ class Engine:
             tokens = [token]
 
     def _encode_block(self, context_ids: Tensor, block: Block) -> None:
-        positions = torch.arange(block.start, block.stop, device=self.device)
-        if block.anchor_size:
-            positions = torch.cat((torch.arange(block.anchor_size, device=self.device), positions))
+        pieces = block.pieces
+        if block.anchor_size and self.state.anchor is None:
+            pieces = ((0, block.anchor_size), *pieces)
+        positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in pieces])
         self.state.block = block
         self.stage.encode(context_ids[positions][None], positions[None])
+
+    def _shared_anchor(self, partition: Partition) -> SharedAnchor | None:
+        """What hands the anchor's K/V round, where later blocks want it; None where each computes its own."""
+        if self.attention.kind != "star" or self.attention.anchor != "shared":
+            return None
+        if partition.anchor_size == 0 or partition.num_blocks == 1:
+            return None
+        return SharedAnchor(
+            self.groups.cp,
+            self.stage.kv_shape,
+            tokens=partition.anchor_size,
+            layer_numbers=self.stage.layer_numbers,
+            blocks_left=sum(block.index > 0 for block in partition.ranks[self.groups.cp.rank()]),
+        )
 
     def _decode(self, tokens: Sequence[int], position: int) -> Tensor | None:
         """Logits [vocab] after `tokens`, which start at `position`; their K/V go to the least loaded cp rank."""

@@ -20,7 +20,7 @@ from nemo_star.checkpoint.description import HF_FOLDER
 from nemo_star.config import SMALL_BLOCK_TOKENS, GenerateConfig
 from nemo_star.launch import EXIT_BAD_LINES, warn
 from nemo_star.model import ModelConfig
-from nemo_star.partition import Partition
+from nemo_star.partition import PARTITIONS
 from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
 from nemo_star.tokenizer import Tokenizer, end_token_ids
 
@@ -193,7 +193,7 @@ class FrontDesk:
     def _describe(self, context_tokens: int) -> None:
         """Say what will run before it runs, once for each pair of sizes."""
         config = self.config.attention
-        partition = Partition(context_tokens, *config.sizes(context_tokens), cp_size=self._cp_size)
+        partition = PARTITIONS[config.kind](context_tokens, *config.sizes(context_tokens), self._cp_size)
         if (sizes := (partition.block_size, partition.anchor_size)) == self._described:
             return
         self._described = sizes
@@ -205,7 +205,7 @@ class FrontDesk:
         ranks = f"{self._cp_size} context-parallel rank{'s' * (self._cp_size > 1)} holding {held} tokens"
         self._tell(f"{config.kind} attention: {context_tokens} context tokens{cut}; {ranks}; {self._runs_as}")
         if self.config.input is None:
-            blocks = len(partition.blocks_of(0))
+            blocks = len(partition.ranks[0])
             self._bar = tqdm(total=blocks, desc="prefill", unit="block", file=sys.stderr, leave=False)
 
     def _show(self, piece: str) -> None:

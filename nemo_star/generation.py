@@ -45,7 +45,7 @@ def run(config: GenerateConfig) -> int:
     device = initialize(config.parallel.timeout_minutes)
     groups = create_groups(layout, device)
     description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
-    check_layout(description.model, tp=layout.tp, pp=layout.pp)
+    check_layout(description.model, layout, config.attention.kind)
     desk = FrontDesk(config, description.model)
     on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
     on_first_rank(desk.open)

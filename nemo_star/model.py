@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_star.attention import ATTENTION, AttentionState
-from nemo_star.distributed import all_gather
+from nemo_star.attention.ulysses import check_heads
+from nemo_star.distributed import Layout, all_gather
 from nemo_star.rotary import PositionRotaryEmbedding, RopeScaling
 
 
@@ -49,12 +50,13 @@ class ModelConfig:
             )
 
 
-def check_layout(model: ModelConfig, *, tp: int, pp: int) -> None:
-    """Refuse tensor and pipeline sizes that the model does not divide by.
+def check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
+    """Refuse a layout that the model does not divide by.
 
     Raises:
         ValueError: names both numbers.
     """
+    tp, pp = layout.tp, layout.pp
     divided = {
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
@@ -65,6 +67,8 @@ def check_layout(model: ModelConfig, *, tp: int, pp: int) -> None:
             raise ValueError(f"the model's {name} {size} is not divisible by tensor_model_parallel_size {tp}")
     if model.num_layers < pp:
         raise ValueError(f"the model's {model.num_layers} layers do not fill pipeline_model_parallel_size {pp} stages")
+    if kind == "ulysses":
+        check_heads(model.num_attention_heads // tp, model.num_query_groups // tp, layout.cp)
 
 
 class StageLayout(PipelineParallelLayerLayout):
@@ -212,6 +216,5 @@ def build_model(
     device: torch.device,
 ) -> StarGPTModel:
     """This rank's part of a GPTModel of shape `model`, weights not initialised, in eval mode."""
-    check_layout(model, tp=groups.tp.size(), pp=groups.pp.size())
     config = transformer_config(model, groups, dtype, device)
     return StarGPTModel(config, layer_spec(kind, state), model, groups).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_star.attention import KVShape
 from nemo_star.model import StarGPTModel
 
 
@@ -30,6 +31,18 @@ class Pipeline:
     @property
     def is_last(self) -> bool:
         return self.group.rank() == self.group.size() - 1
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Megatron's global, 1-based numbers of this stage's layers."""
+        return [layer.layer_number for layer in self.model.decoder.layers]
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What a layer's K looks like here, for one request."""
+        config = self.model.config
+        groups = config.num_query_groups // self.model.tp_group.size()
+        return KVShape(1, groups, config.kv_channels, self._empty.dtype, self._empty.device)
 
     def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Run this stage's layers for what they leave in the K/V cache; ids and positions [b, s]."""

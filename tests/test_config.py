@@ -27,7 +27,7 @@ def test_values_reach_their_fields():
         ({"attention": {"blok_size": 3}}, "unknown key attention.blok_size; known keys here: attention.kind"),
         ({"attention": {"block_size": "4K"}}, "attention.block_size='4K' must be of type int"),
         ({"attention": {"block_size": True}}, "attention.block_size=True must be of type int"),
-        ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known kinds: star, dense"),
+        ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known kinds: star, dense, ring, ulysses"),
         ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be one of: auto"),
         ({"attention": {"block_size": 0}}, "attention.block_size=0 must be at least 1 token"),
         ({"attention": {"block_size": 32, "anchor_size": 64}}, "anchor_size=64 is larger than attention.block_size=32"),

@@ -176,7 +176,7 @@ def test_sampling_depends_on_seed_and_line(runs):
 
 
 def test_what_will_run_is_said_once_before_it_runs(runs):
-    said = "star attention: 120 context tokens, 4 blocks of 32 tokens, anchor of 32 tokens (recompute)"
+    said = "star attention: 120 context tokens, 4 blocks of 32 tokens, anchor of 32 tokens (shared)"
     assert runs.results["plain"]["stderr"].count(said) == 1
     assert "kernel cpu, float32" in runs.results["plain"]["stderr"]
 
@@ -226,7 +226,9 @@ def test_prefill_never_computes_logits(tiny, groups):
     values = {"checkpoint": str(tiny), "context": "-", "query": "-", "attention": {"block_size": 32}}
     engine = build_engine(parse(GenerateConfig, values), read_description(tiny), groups, torch.device("cpu"))
     heads = []
-    engine.stage.model.output_layer.register_forward_hook(lambda module, inputs, output: heads.append(inputs[0].shape[0]))
+    engine.stage.model.output_layer.register_forward_hook(
+        lambda module, inputs, output: heads.append(inputs[0].shape[0])
+    )
     engine.encode_context(CONTEXT, new_tokens=9)
     assert heads == []
     list(engine.generate([1, 2, 3], tokens_to_generate=4, choose=lambda logits: (5, False)))

@@ -10,18 +10,35 @@ from launch import generate_many, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())
-STAR = [case for case in CASES if case["attn"] == "star"]
-DENSE = [case for case in CASES if case["attn"] == "dense"]
+STAR, DENSE, RING = ([case for case in CASES if case["attn"] == kind] for kind in ("star", "dense", "ring"))
+LAYOUTS = {
+    1: [(1, 1, 1)],
+    2: [(1, 1, 2)],
+    3: [(1, 1, 3)],
+    4: [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1)],
+    8: [(2, 2, 2)],
+}
+"""World size -> (tp, pp, cp) to run on it."""
+EVERYWHERE = [layout for layouts in LAYOUTS.values() for layout in layouts]
 TOLERANCE = 5e-4
 
 
-def settings(case):
-    """Overrides that make a run of this case."""
-    overrides = [f"attention={case['attn']}", f"inference.tokens_to_generate={case['max_new_tokens']}"]
+def settings(case, layout=(1, 1, None), **changes):
+    """Overrides that make a run of this case, or of a changed one, at a layout."""
+    case = {**case, **changes}
+    tp, pp, cp = layout
+    overrides = [
+        f"attention={case['attn']}",
+        f"inference.tokens_to_generate={case['max_new_tokens']}",
+        f"parallel.tensor_model_parallel_size={tp}",
+        f"parallel.pipeline_model_parallel_size={pp}",
+    ]
     if case["attn"] == "star":
-        overrides.append(f"attention.block_size={case['block_size']}")
+        overrides += [f"attention.block_size={case['block_size']}", f"attention.anchor={case.get('anchor', 'shared')}"]
         if case["anchor_block_size"] >= 0:
             overrides.append(f"attention.anchor_size={case['anchor_block_size']}")
+    if cp is not None:
+        overrides.append(f"parallel.context_parallel_size={cp}")
     return overrides
 
 
@@ -48,20 +65,38 @@ def run_cases(processes, labelled, checkpoint, folder):
     return answers
 
 
+def name(case, layout, variant):
+    return f"{case['id']}@{'x'.join(map(str, layout))}:{variant}"
+
+
+def plan(processes):
+    """What to run on so many processes: [(label, overrides, case)]."""
+    runs = []
+    for layout in LAYOUTS[processes]:
+        cp = layout[2]
+        runs += [
+            (name(case, layout, anchor), settings(case, layout, anchor=anchor), case)
+            for case in STAR
+            for anchor in ("shared", "recompute")
+            if layout != (1, 1, 3) or case["world_size"] == 3
+        ]
+        runs += [(name(case, layout, "ring"), settings(case, layout), case) for case in RING]
+        if cp in (1, 2) and layout[0] * cp <= 4:
+            runs += [(name(case, layout, "ulysses"), settings(case, layout, attn="ulysses"), case) for case in RING]
+        if cp == 1:
+            runs += [(name(case, layout, "dense"), settings(case, layout), case) for case in DENSE]
+        if layout == (1, 1, 2):
+            one = {"attn": "star", "block_size": 512, "anchor_block_size": -1}
+            runs += [(name(case, layout, "one-block"), settings(case, layout, **one), case) for case in DENSE]
+    return runs
+
+
 @pytest.fixture(scope="module")
 def answers(tiny, tmp_path_factory):
-    """Every star case at its own world size, at 1 and at 4 ranks; every dense case, dense and as star of one block."""
-    plan = {processes: [] for processes in (1, 2, 3, 4)}
-    for case in STAR:
-        for processes in {case["world_size"], 1, 4}:
-            plan[processes].append((f"{case['id']}@{processes}", settings(case), case))
-    for case in DENSE:
-        plan[1].append((case["id"], settings(case), case))
-        one_block = {**case, "attn": "star", "block_size": 512, "anchor_block_size": -1}
-        plan[2].append((f"{case['id']}@one-block", settings(one_block), case))
+    """Everything, one launch for each number of processes."""
     found = {}
-    for processes, labelled in plan.items():
-        found.update(run_cases(processes, labelled, tiny, tmp_path_factory.mktemp("golden")))
+    for processes in LAYOUTS:
+        found.update(run_cases(processes, plan(processes), tiny, tmp_path_factory.mktemp("golden")))
     return found
 
 
@@ -79,23 +114,30 @@ def check(answer, case, golden_logits):
     assert line["finish_reason"] == "length"
 
 
+def identify(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else None
+
+
+@pytest.mark.parametrize("layout", EVERYWHERE, ids=identify)
+def test_recorded_answers_at_every_layout(answers, golden_logits, layout):
+    """Star with shared and recomputed anchors, ring, Ulysses and dense: whatever was run at this layout."""
+    runs = [
+        (label, case)
+        for label, _, case in plan(layout[0] * layout[1] * layout[2])
+        if name({"id": ""}, layout, "") in label
+    ]
+    assert len(runs) >= 5
+    for label, case in runs:
+        check(answers[label], case, golden_logits)
+
+
 @pytest.mark.parametrize("case", STAR, ids=lambda case: case["id"])
-@pytest.mark.parametrize("layout", ["own", "1", "4"])
-def test_star_gives_the_recorded_answer_at_any_number_of_ranks(answers, golden_logits, case, layout):
-    processes = case["world_size"] if layout == "own" else layout
-    check(answers[f"{case['id']}@{processes}"], case, golden_logits)
-
-
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case["id"])
-def test_dense_gives_the_recorded_answer(answers, golden_logits, case):
-    check(answers[case["id"]], case, golden_logits)
-
-
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case["id"])
-def test_star_of_one_block_is_dense(answers, golden_logits, case):
-    check(answers[f"{case['id']}@one-block"], case, golden_logits)
+def test_star_at_its_own_number_of_ranks(answers, golden_logits, case):
+    for anchor in ("shared", "recompute"):
+        check(answers[name(case, (1, 1, case["world_size"]), anchor)], case, golden_logits)
 
 
 def test_a_rank_without_a_block_takes_part(answers):
-    line, _ = answers["tiny-a-star-w2-c32-q1-b32-afull@4"]
+    case = next(case for case in STAR if case["id"] == "tiny-a-star-w2-c32-q1-b32-afull")
+    line, _ = answers[name(case, (1, 1, 4), "shared")]
     assert line["stats"]["kv_tokens_per_cp_rank"] == [32, 0, 0, 0]

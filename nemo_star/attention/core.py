@@ -14,10 +14,11 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_star.attention.anchor import SharedAnchor
 from nemo_star.attention.kernels import Kernel
 from nemo_star.attention.merge import merge_over_group
 from nemo_star.cache import KVCache
-from nemo_star.partition import Block
+from nemo_star.partition import Block, Partition
 
 
 @dataclass
@@ -31,6 +32,10 @@ class AttentionState:
     cache: KVCache
     kernel: Kernel
     cp_group: dist.ProcessGroup
+    partition: Partition | None = None
+    """How the context in prefill is dealt out; exact kinds exchange K/V or heads by it."""
+    anchor: SharedAnchor | None = None
+    """Star with `anchor=shared`: the anchor's K/V while the context is in prefill."""
     block: Block | None = None
     """The block that prefill is encoding; None means decode."""
     caches_new_tokens: bool = True

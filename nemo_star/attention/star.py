@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
@@ -9,13 +10,21 @@ from nemo_star.partition import Block
 
 
 class StarAttention(CoreAttention):
-    """Phase 1 of the paper, the anchor recomputed with every block, as the paper does.
+    """Phase 1 of the paper: a block attends causally to itself, and in full to the anchor before it.
 
-    The tokens in flight are [anchor | block]: one causal attention over both. The anchor's K/V are those of block 0,
-    which its own rank caches: here only the block's are kept.
+    Either the anchor's tokens are in flight with the block, as the paper has it (`anchor=recompute`: the tokens are
+    [anchor | block] and only the block's K/V are kept), or its K/V come from the rank that computed them
+    (`anchor=shared`: only the block's tokens are in flight).
     """
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        anchor_tokens = k.shape[0] - block.tokens
-        self.state.cache.append(self.layer_number, k[anchor_tokens:], v[anchor_tokens:])
-        return self.state.kernel.prefill(q, k, v, self.scale)
+        state = self.state
+        recomputed = k.shape[0] - block.tokens
+        state.cache.append(self.layer_number, k[recomputed:], v[recomputed:])
+        if state.anchor is not None:
+            if block.index == 0:
+                state.anchor.give(self.layer_number, k, v)
+            else:
+                anchor_k, anchor_v = state.anchor.take(self.layer_number)
+                k, v = torch.cat((anchor_k, k)), torch.cat((anchor_v, v))
+        return state.kernel.prefill(q, k, v, self.scale)

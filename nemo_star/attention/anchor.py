@@ -1,0 +1,93 @@
+"""The anchor's K/V, computed once and handed to the other cp ranks.
+
+The anchor's tokens see only each other, so their hidden states are the same wherever they are computed. The rank that
+holds block 0 (cp rank 0) broadcasts each layer's anchor K/V as soon as they exist; the others have the receive under
+way while they compute, and wait only where attention needs the keys. One broadcast a layer and cp group; every rank
+takes part in each, in the order of the layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What the K (or V) of one layer looks like on this rank: [tokens, b, ng, hn]."""
+
+    batch: int
+    groups: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class SharedAnchor:
+    """The anchor of one context on one rank.
+
+    Args:
+        tokens: anchor size A.
+        layer_numbers: this pipeline stage's layers, in order.
+        blocks_left: blocks that will still ask for the anchor on this rank; then a layer's K/V are freed.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, shape: KVShape, *, tokens: int, layer_numbers: list[int], blocks_left: int
+    ) -> None:
+        self.tokens = tokens
+        self._group = group
+        self._shape = shape
+        self._layers = layer_numbers
+        self._uses = dict.fromkeys(layer_numbers, blocks_left)
+        self._kv: dict[int, Tensor] = {}
+        self._works: dict[int, dist.Work] = {}
+        if group.rank() > 0:
+            self._expect(0)
+
+    def give(self, layer_number: int, k: Tensor, v: Tensor) -> None:
+        """On cp rank 0, in block 0: start handing out the first A tokens of k, v [sk, b, ng, hn]."""
+        packed = torch.stack((k[: self.tokens], v[: self.tokens]))
+        if self._group.size() > 1:
+            work = dist.broadcast(packed, group=self._group, group_src=0, async_op=True)
+            self._works[layer_number] = work
+        self._kv[layer_number] = packed
+
+    def take(self, layer_number: int) -> tuple[Tensor, Tensor]:
+        """The anchor's k, v, each [A, b, ng, hn]; waits for them where they are still on their way."""
+        if self._group.rank() > 0:
+            self._arrived(layer_number)
+        kv = self._kv[layer_number]
+        self._uses[layer_number] -= 1
+        if self._uses[layer_number] == 0:
+            del self._kv[layer_number]
+        return kv[0], kv[1]
+
+    def finish(self) -> None:
+        """After the last block: take part in what this rank did not need, end what is under way, free everything."""
+        for layer_number in self._layers:
+            self._arrived(layer_number)
+            self._kv.pop(layer_number, None)
+
+    def _arrived(self, layer_number: int) -> None:
+        """Wait for a layer's broadcast; on a receiver, put the next layer's under way."""
+        work = self._works.pop(layer_number, None)
+        if work is None:
+            return
+        work.wait()
+        if self._group.rank() > 0:
+            self._expect(self._layers.index(layer_number) + 1)
+
+    def _expect(self, index: int) -> None:
+        """Start the receive of the layer at `index` in this stage."""
+        if index < len(self._layers):
+            shape = self._shape
+            size = (2, self.tokens, shape.batch, shape.groups, shape.channels)
+            layer_number = self._layers[index]
+            self._kv[layer_number] = torch.empty(size, dtype=shape.dtype, device=shape.device)
+            self._works[layer_number] = dist.broadcast(
+                self._kv[layer_number], group=self._group, group_src=0, async_op=True
+            )

@@ -1,0 +1,81 @@
+"""Ring attention: exact, K/V travel round the cp ranks (arXiv 2310.01889), load-balanced by zigzag pieces.
+
+Rank r holds pieces r and 2 * cp - 1 - r of the context. In step i it has the K/V of rank r - i, attends to the part of
+them that its tokens may see, and passes them on; sending and receiving run while it computes. Partial results are
+merged by log-sum-exp. What stays cached is the rank's own K/V, so decode is every kind's.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_star.attention.core import CoreAttention
+from nemo_star.attention.merge import merge_partials
+from nemo_star.partition import Block
+
+
+class RingAttention(CoreAttention):
+    """Exact causal attention over the whole context, sharded in zigzag."""
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+        self.state.cache.append(self.layer_number, k, v)
+        group = self.state.cp_group
+        partition = self.state.partition
+        assert partition is not None
+        out = q.new_zeros(q.shape, dtype=torch.float32)
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+        kv = torch.stack((k, v))
+        for step in range(group.size()):
+            source, following = ((group.rank() - step - ahead) % group.size() for ahead in (0, 1))
+            arriving, works = kv, []
+            if step < group.size() - 1:
+                arriving = kv.new_empty(2, partition.tokens_of(following), *kv.shape[2:])
+                works = self._pass_on(kv, arriving)
+            for rows, keys, causal in visible_parts(block, partition.ranks[source][0]):
+                part = self.state.kernel.decode(q[rows], kv[0, keys], kv[1, keys], self.scale, causal)
+                out[rows], lse[rows] = merge_partials(
+                    torch.stack((out[rows], part[0])), torch.stack((lse[rows], part[1]))
+                )
+            for work in works:
+                work.wait()
+            kv = arriving
+        return out.to(q.dtype)
+
+    def _pass_on(self, kv: Tensor, arriving: Tensor) -> list[dist.Work]:
+        """Start sending `kv` to the next rank and receiving from the one before; empty shards do not travel."""
+        group = self.state.cp_group
+        after, before = ((group.rank() + way) % group.size() for way in (1, -1))
+        operations = []
+        if kv.numel():
+            operations.append(dist.P2POp(dist.isend, kv, group=group, group_peer=after))
+        if arriving.numel():
+            operations.append(dist.P2POp(dist.irecv, arriving, group=group, group_peer=before))
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+def visible_parts(queries: Block, keys: Block) -> list[tuple[slice, slice, bool]]:
+    """Which rows of one rank's queries see which rows of a rank's K/V: (query rows, key rows, causal).
+
+    Both blocks' pieces are in order, so a query piece sees the key pieces up to itself, a prefix; where it meets itself
+    attention is causal, aligned to the bottom right. Neighbouring query pieces that see the same prefix go together.
+    """
+    parts = []
+    row = 0
+    for start, stop in queries.pieces:
+        seen = sum(end - begin for begin, end in keys.pieces if begin <= start and end <= stop)
+        causal = (start, stop) in keys.pieces
+        if stop > start and seen:
+            parts.append((row, row + stop - start, seen, causal))
+        row += stop - start
+    grouped = []
+    for (seen, causal), run in groupby(parts, key=lambda part: part[2:]):
+        if causal:
+            grouped += [(slice(first, last), slice(0, seen), True) for first, last, *_ in run]
+        else:
+            rows = list(run)
+            grouped.append((slice(rows[0][0], rows[-1][1]), slice(0, seen), False))
+    return grouped

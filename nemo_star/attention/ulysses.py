@@ -1,0 +1,87 @@
+"""DeepSpeed-Ulysses: exact, heads instead of sequence by all-to-all (arXiv 2309.14509).
+
+Each cp rank holds a contiguous piece of the context with all heads. For attention an all-to-all gives it the whole
+sequence of a share of the query heads, with the KV heads these need; a second one brings the output back. What stays
+cached is the rank's own piece with all KV heads, so decode is every kind's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_star.attention.core import CoreAttention
+from nemo_star.partition import Block
+
+
+class UlyssesAttention(CoreAttention):
+    """Exact causal attention over the whole context, sharded over heads."""
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+        self.state.cache.append(self.layer_number, k, v)
+        cp_size = self.state.cp_group.size()
+        heads = [_share(q.shape[2], rank, cp_size) for rank in range(cp_size)]
+        groups = [_share(k.shape[2], rank, cp_size) for rank in range(cp_size)]
+        whole_q = self._to_heads(q, heads)
+        whole_k, whole_v = self._to_heads(k, groups), self._to_heads(v, groups)
+        return self._to_sequence(self.state.kernel.prefill(whole_q, whole_k, whole_v, self.scale), q.shape[0])
+
+    def _to_heads(self, x: Tensor, heads: list[slice]) -> Tensor:
+        """[tokens of this rank, b, heads, hn] -> [all tokens, b, this rank's heads, hn]."""
+        group, partition = self.state.cp_group, self.state.partition
+        assert partition is not None
+        parts = [x[:, :, share].reshape(-1) for share in heads]
+        mine = heads[group.rank()]
+        shape = (x.shape[1], mine.stop - mine.start, x.shape[3])
+        row = shape[0] * shape[1] * shape[2]
+        received = x.new_empty(partition.context_tokens * row)
+        dist.all_to_all_single(
+            received,
+            torch.cat(parts),
+            output_split_sizes=[partition.tokens_of(rank) * row for rank in range(group.size())],
+            input_split_sizes=[part.numel() for part in parts],
+            group=group,
+        )
+        return received.view(partition.context_tokens, *shape)
+
+    def _to_sequence(self, out: Tensor, tokens: int) -> Tensor:
+        """[all tokens, b, this rank's heads, hn] -> [tokens of this rank, b, heads, hn]."""
+        group, partition = self.state.cp_group, self.state.partition
+        assert partition is not None
+        row = out[0].numel()
+        received = out.new_empty(group.size() * tokens * row)
+        dist.all_to_all_single(
+            received,
+            out.reshape(-1),
+            output_split_sizes=[tokens * row] * group.size(),
+            input_split_sizes=[partition.tokens_of(rank) * row for rank in range(group.size())],
+            group=group,
+        )
+        by_rank = received.view(group.size(), tokens, *out.shape[1:])
+        return by_rank.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _share(heads: int, cp_rank: int, cp_size: int) -> slice:
+    """The heads that a rank works on; KV heads fewer than ranks are shared by neighbouring ranks."""
+    if heads >= cp_size:
+        return slice(cp_rank * heads // cp_size, (cp_rank + 1) * heads // cp_size)
+    return slice(cp_rank * heads // cp_size, cp_rank * heads // cp_size + 1)
+
+
+def check_heads(heads: int, groups: int, cp_size: int) -> None:
+    """Refuse head counts of one tensor-parallel rank that cp ranks cannot share.
+
+    Raises:
+        ValueError: names the numbers.
+    """
+    if heads % cp_size:
+        raise ValueError(
+            f"attention=ulysses: {heads} query heads per tensor-parallel rank are not divisible by "
+            f"context_parallel_size {cp_size}"
+        )
+    if groups % cp_size and cp_size % groups:
+        raise ValueError(
+            f"attention=ulysses: {groups} KV heads per tensor-parallel rank and context_parallel_size {cp_size}: "
+            "one must be a multiple of the other"
+        )
