@@ -1,0 +1,129 @@
+"""Text in, text out: the bundled demo model, one question streamed and JSON lines, at several layouts."""
+
+import json
+import random
+import re
+
+import pytest
+from launch import ROOT, generate_many, read_jsonl, run_tool, torchrun, write_jsonl
+
+from nemo_star.evaluation.needles import make_document, question
+
+GENERATE = ROOT / "tools" / "generate.py"
+ASSETS = ROOT / "assets"
+DOCUMENTS = [make_document(random.Random(f"test {seed}"), filler_sentences=60, needles=2) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    from nemo_star.checkpoint.convert import import_checkpoint
+
+    target = tmp_path_factory.mktemp("demo") / "checkpoint"
+    import_checkpoint(ASSETS / "demo_model", target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [
+        {"id": number, "context": document.text, "query": question(key), "outputs": [value]}
+        for number, document in enumerate(DOCUMENTS)
+        for key, value in [next(iter(document.needles.items()))]
+    ]
+
+
+def test_the_demo_recipe_answers_its_question(demo, tmp_path):
+    """Star on two ranks and dense on one, as `make demo` does: the needle's value, alone on standard output."""
+    text = (ASSETS / "demo_document.txt").read_text()
+    arguments = [GENERATE, "--config-name", "demo", f"checkpoint={demo}"]
+    star = torchrun(2, *arguments, cwd=tmp_path)
+    dense = run_tool(*arguments, "attention=dense", cwd=tmp_path)
+    for done in (star, dense):
+        assert done.returncode == 0, done.stderr
+        value = done.stdout.strip()
+        assert re.fullmatch(r"\d{7}", value)
+        assert f"is: {value}." in text
+        assert "peak memory per rank" in done.stderr
+        assert "warning" not in done.stderr.lower()
+    assert star.stdout == dense.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_from_standard_input(demo, rows):
+    done = run_tool(
+        GENERATE, f"checkpoint={demo}", "context_file=-", f"query={rows[0]['query']}", stdin=rows[0]["context"] + "\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == rows[0]["outputs"][0]
+
+
+@pytest.fixture(scope="module")
+def answers(demo, rows, tmp_path_factory):
+    """{name: answer lines} of several runs of the same questions on four ranks."""
+    folder = tmp_path_factory.mktemp("text")
+    source = write_jsonl(folder / "in.jsonl", rows * 2)
+    common = [f"checkpoint={demo}", f"input={source}", "inference.tokens_to_generate=12"]
+    tp2 = "parallel.tensor_model_parallel_size=2"
+    pp3 = "parallel.pipeline_model_parallel_size=2"
+    cp = "parallel.context_parallel_size="
+    sampled = ["inference=sampled", "inference.temperature=3.0", "inference.tokens_to_generate=6"]
+    runs = {
+        "star": [],
+        "dense-dp": ["attention=dense", cp + "1"],
+        "tp-pp": [tp2, pp3],
+        "dp2": [cp + "2"],
+        "dp1": [cp + "4"],
+        "sampled-dp4": [cp + "1", "attention=dense", *sampled],
+        "sampled-dp1": [cp + "4", "attention=ring", *sampled],
+        "end-string": ["inference.end_strings=['5','7']", cp + "4"],
+    }
+    arguments = [[*common, f"output={folder / name}.jsonl", *overrides] for name, overrides in runs.items()]
+    results = generate_many(4, arguments, folder)
+    assert [result["code"] for result in results] == [0] * len(runs), results
+    return {name: read_jsonl(folder / f"{name}.jsonl") for name in runs}
+
+
+def without_stats(lines):
+    return [{key: value for key, value in line.items() if key != "stats"} for line in lines]
+
+
+@pytest.mark.parametrize("name", ["star", "dense-dp", "tp-pp", "dp2"])
+def test_answers_are_right_at_every_layout(answers, name):
+    for line in answers[name]:
+        assert line["text"] == line["outputs"][0]
+        assert line["finish_reason"] == "stop"
+        assert line["token_ids"][-1] == 2
+
+
+def test_replicas_write_the_same_file_in_the_order_of_the_input(answers):
+    assert without_stats(answers["dp2"]) == without_stats(answers["dp1"])
+    assert [line["id"] for line in answers["dp2"]] == [0, 1, 2, 3] * 2
+    assert without_stats(answers["sampled-dp4"]) == without_stats(answers["sampled-dp1"])
+    assert len({line["text"] for line in answers["sampled-dp4"]}) > 2
+
+
+def test_an_end_string_ends_the_answer_and_is_not_in_its_text(answers):
+    for line, whole in zip(answers["end-string"], answers["star"], strict=True):
+        assert line["text"] == re.split("[57]", whole["text"])[0]
+        assert len(line["token_ids"]) <= len(whole["token_ids"])
+        assert line["finish_reason"] == "stop"
+
+
+def test_a_chat_template_wraps_both_texts(demo, tmp_path):
+    """The template of the copy adds words around the same question: the answer stays right."""
+    import shutil
+
+    chat = shutil.copytree(demo, tmp_path / "chat")
+    config = json.loads((chat / "hf" / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (chat / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    key, value = next(iter(DOCUMENTS[0].needles.items()))
+    done = run_tool(
+        GENERATE, f"checkpoint={chat}", "chat_template=true", f"context={DOCUMENTS[0].text}", f"query={question(key)}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+", done.stdout.strip())
+    refused = run_tool(GENERATE, f"checkpoint={demo}", "chat_template=true", "context=a", "query=b")
+    assert refused.returncode == 1
+    assert "has no chat template" in refused.stderr
+    assert value
