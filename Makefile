@@ -1,11 +1,11 @@
 # make install   .venv with the project, its dependencies and the development tools
-# make demo      ask a long document a question: Star Attention on two ranks, then dense attention
+# make demo      ask a long document questions: Star Attention on two ranks, then dense attention
 # make test      linters, type checker, tests
 #
-# PIP_OPTIONS reaches every pip call. PyTorch's CPU build without CUDA packages, where PyPI's would bring them:
+# PIP_OPTIONS reaches every pip call. For PyTorch's CPU build without CUDA packages, where PyPI's would bring them:
 #   make install PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,9 +17,10 @@ DEMO := build/demo_checkpoint
 
 install: $(STAMP)
 
+# torch comes first, by itself: asked for by another package, pip may take another build of it.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -28,12 +29,12 @@ $(DEMO): $(STAMP) assets/demo_model/model.safetensors
 	$(BIN)/python tools/convert_checkpoint.py import --source assets/demo_model --target $@
 
 demo: $(DEMO)
-	@echo
-	@echo '--- Star Attention, two context-parallel ranks ---'
+	@echo; echo '--- Star Attention on two context-parallel ranks ---'
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 tools/generate.py --config-name demo
-	@echo
-	@echo '--- Dense attention, one rank ---'
+	@echo; echo '--- the same question, dense attention on one rank ---'
 	OMP_NUM_THREADS=2 $(BIN)/torchrun --nproc-per-node 1 tools/generate.py --config-name demo attention=dense
+	@echo; echo '--- another question, Star Attention ---'
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 tools/generate.py --config-name demo_second
 
 check: $(STAMP)
 	$(BIN)/ruff check .

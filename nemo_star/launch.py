@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -14,6 +15,7 @@ EXIT_INTERRUPTED = 130
 EXIT_BAD_LINES = 3
 """JSONL: every line was answered, some with an `error` field."""
 _PEER_EXIT_SECONDS = 20
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def environment_rank() -> int:
@@ -46,6 +48,8 @@ def run_as_tool(main: Callable[[], int]) -> NoReturn:
         code, message = exit.code if isinstance(exit.code, int) else EXIT_ERROR, None
     except (ValueError, OSError) as error:
         code, message = EXIT_ERROR, f"error: {error}"
+    except Exception as error:
+        _leave_after_failure(error)
     rank = environment_rank()
     if rank > 0 and code != 0:
         time.sleep(_PEER_EXIT_SECONDS)
@@ -53,6 +57,21 @@ def run_as_tool(main: Callable[[], int]) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     leave(code)
+
+
+def _leave_after_failure(error: Exception) -> NoReturn:
+    """A failure of this rank is told at once, with its traceback.
+
+    One that only says that another rank is gone waits: the launcher names that rank and its signal, and ends this one.
+    """
+    rank = environment_rank()
+    if any(sign in str(error) for sign in _LOST_PEER):
+        time.sleep(_PEER_EXIT_SECONDS)
+        print(f"rank {rank}: lost its connection to another rank", file=sys.stderr, flush=True)
+    else:
+        report = "".join(traceback.format_exception(error))
+        print(f"rank {rank} failed: {type(error).__name__}: {error}\n{report}", file=sys.stderr, flush=True)
+    leave(EXIT_ERROR)
 
 
 def leave(code: int) -> NoReturn:
