@@ -118,6 +118,15 @@ def create_groups(layout: Layout, device: torch.device) -> Groups:
     return Groups(ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None), replica)
 
 
+def groups_from_parallel_state() -> Groups:
+    """The groups of a program that has called Megatron's `parallel_state.initialize_model_parallel` itself."""
+    collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "dp_cp", "embd"])
+    replicas = gather_objects(collection.dp.rank())
+    enumeration = [[r for r, d in enumerate(replicas) if d == replica] for replica in sorted(set(replicas))]
+    replica, _ = dist.new_subgroups_by_enumeration(enumeration)
+    return Groups(collection, replica)
+
+
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Every rank's contiguous `tensor`, stacked in rank order: [group size, *shape]; one collective."""
     gathered = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])

@@ -13,9 +13,8 @@ from torch import Tensor
 from nemo_star.attention import AttentionState, SharedAnchor
 from nemo_star.config import AttentionConfig
 from nemo_star.distributed import Groups, gather_objects
-from nemo_star.model import StarGPTModel
 from nemo_star.partition import PARTITIONS, Block, Partition
-from nemo_star.pipeline import Pipeline
+from nemo_star.pipeline import Stage
 
 Choose = Callable[[Tensor], tuple[int, bool]]
 """Logits [vocab] float32 -> (token, whether it ends the answer). Asked on the replica's first rank only."""
@@ -39,15 +38,19 @@ class Step:
 
 
 class Engine:
-    """Runs requests one after another; all ranks of a replica call the same methods with the same requests."""
+    """Runs requests one after another; all ranks of a replica call the same methods with the same requests.
 
-    def __init__(self, model: StarGPTModel, state: AttentionState, groups: Groups, attention: AttentionConfig) -> None:
-        self.stage = Pipeline(model, groups.pp)
+    Args:
+        stage: this rank's part of the model.
+        state: what the model's attention layers were built with.
+    """
+
+    def __init__(self, stage: Stage, state: AttentionState, groups: Groups, attention: AttentionConfig) -> None:
+        self.stage = stage
         self.state = state
         self.groups = groups
         self.attention = attention
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = stage.device, stage.dtype
         self._kv_tokens: list[int] = []
 
     def partition(self, context_tokens: int) -> Partition:
@@ -109,7 +112,7 @@ class Engine:
             pieces = ((0, block.anchor_size), *pieces)
         positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in pieces])
         self.state.block = block
-        self.stage.encode(context_ids[positions][None], positions[None])
+        self.stage.encode(context_ids[positions], positions)
 
     def _shared_anchor(self, partition: Partition) -> SharedAnchor | None:
         """What hands the anchor's K/V round, where later blocks want it; None where each computes its own."""
@@ -133,10 +136,10 @@ class Engine:
         self.state.caches_new_tokens = owner == self.groups.cp.rank()
         ids = torch.tensor(tokens, device=self.device)
         positions = torch.arange(position, position + len(tokens), device=self.device)
-        logits = self.stage.next_token_logits(ids[None], positions[None])
+        logits = self.stage.next_token_logits(ids, positions)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
             logits = self.stage.logits_to_first(logits)
-        return logits[0] if logits is not None and self.groups.replica.rank() == 0 else None
+        return logits if self.groups.replica.rank() == 0 else None
 
     def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
         """The first rank's choice, on every rank: machines may round differently, and all must stop together."""

@@ -31,7 +31,8 @@ from nemo_star.engine import Engine
 from nemo_star.frontdesk import Batch, FrontDesk
 from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes
-from nemo_star.model import build_model, check_layout
+from nemo_star.model import build_model, build_rotary, check_layout
+from nemo_star.pipeline import Stage
 from nemo_star.requests import Request
 
 
@@ -72,7 +73,9 @@ def build_engine(
     )
     model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)))
-    return Engine(model, state, groups, config.attention)
+    rotary = build_rotary(description.model, device)
+    stage = Stage(model, rotary, groups.pp, description.model.vocab_size)
+    return Engine(stage, state, groups, config.attention)
 
 
 def run_batch(engine: Engine, desk: FrontDesk, batch: Batch) -> list[Result]:

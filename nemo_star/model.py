@@ -16,12 +16,11 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
-from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_star.attention import ATTENTION, AttentionState
 from nemo_star.attention.ulysses import check_heads
-from nemo_star.distributed import Layout, all_gather
+from nemo_star.distributed import Layout
 from nemo_star.rotary import PositionRotaryEmbedding, RopeScaling
 
 
@@ -127,51 +126,22 @@ def transformer_config(
     )
 
 
-def layer_spec(kind: str, state: AttentionState) -> ModuleSpec:
-    """Megatron's GPT layer spec whose core attention is ours; `state` is shared by all layers built from it."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+def star_layer_spec(config: TransformerConfig, state: AttentionState, kind: str = "star") -> ModuleSpec:
+    """Megatron's GPT layer spec whose core attention is ours, for any GPTModel.
+
+    Args:
+        config: of the model that will be built from the spec.
+        state: shared by all layers built from the spec, steered by the engine.
+        kind: star, dense, ring or ulysses.
+    """
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(ATTENTION[kind], state=state)
     return spec
 
 
-class StarGPTModel(GPTModel):
-    """GPTModel that takes explicit position ids and computes logits only where they are wanted."""
-
-    def __init__(
-        self, config: TransformerConfig, spec: ModuleSpec, model: ModelConfig, groups: ProcessGroupCollection
-    ) -> None:
-        tp, pp_rank = groups.tp.size(), groups.pp.rank()
-        super().__init__(
-            config,
-            spec,
-            vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
-            max_sequence_length=model.max_position_embeddings,
-            pre_process=pp_rank == 0,
-            post_process=pp_rank == groups.pp.size() - 1,
-            position_embedding_type="none",  # ours is set below; the stock one wants CUDA
-            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            parallel_output=True,
-            pg_collection=groups,
-        )
-        self.position_embedding_type = "rope"
-        device = next(self.parameters()).device
-        self.rotary_pos_emb = PositionRotaryEmbedding(
-            model.kv_channels, base=model.rotary_base, scaling=model.rope_scaling, device=device
-        )
-        self.true_vocab_size = model.vocab_size
-        self._logits_wanted = True
-
-    def encode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Run the layers, for what they leave in the K/V cache, without the head; ids and positions [b, s].
-
-        Returns the hidden states [s, b, h], which the next pipeline stage takes.
-        """
-        return self._run(input_ids, position_ids, logits_wanted=False)
-
-    def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits [b, vocab] float32 of the token after the last of input_ids [b, s] at position_ids [b, s]."""
-        return self._run(input_ids, position_ids, logits_wanted=True)
+class StageGPTModel(GPTModel):
+    """A GPTModel for inference on one pipeline stage, without Megatron's global parallel state."""
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Nothing to set up: the stock method prepares tied weights of several stages for training, on CUDA."""
@@ -189,22 +159,6 @@ class StarGPTModel(GPTModel):
                 dp_cp_group=self.pg_collection.dp_cp,
             )
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor, *, logits_wanted: bool) -> Tensor:
-        self._logits_wanted = logits_wanted
-        self.rotary_pos_emb.set_position_ids(position_ids)
-        return self(input_ids=input_ids, position_ids=position_ids, attention_mask=None)
-
-    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """hidden_states [s, b, h] -> logits [b, vocab] of the last position: those of a 128K block would be 34 GB."""
-        if not self._logits_wanted:
-            return hidden_states
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        logits = self.output_layer(hidden_states[-1:], weight=weight)[0][0].float()  # [b, vocab / tp]
-        if self.tp_group.size() > 1:
-            logits = torch.cat(tuple(all_gather(logits, self.tp_group)), dim=-1)
-        return logits[:, : self.true_vocab_size]
-
 
 def build_model(
     model: ModelConfig,
@@ -214,7 +168,25 @@ def build_model(
     groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
-) -> StarGPTModel:
+) -> GPTModel:
     """This rank's part of a GPTModel of shape `model`, weights not initialised, in eval mode."""
     config = transformer_config(model, groups, dtype, device)
-    return StarGPTModel(config, layer_spec(kind, state), model, groups).eval().requires_grad_(False)
+    tp, pp_rank = groups.tp.size(), groups.pp.rank()
+    built = StageGPTModel(
+        config,
+        star_layer_spec(config, state, kind),
+        vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == groups.pp.size() - 1,
+        position_embedding_type="none",  # the engine gives the layers their angles; the stock module wants CUDA
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        parallel_output=True,
+        pg_collection=groups,
+    )
+    return built.eval().requires_grad_(False)
+
+
+def build_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbedding:
+    """Rotary angles with the model's own base and scaling."""
+    return PositionRotaryEmbedding(model.kv_channels, base=model.rotary_base, scaling=model.rope_scaling).to(device)

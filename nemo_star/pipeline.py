@@ -1,27 +1,40 @@
-"""Pipeline stages: hidden states to the next stage, logits back to the first.
+"""This rank's pipeline stage: a GPTModel's parts run one after another, hidden states passed on, logits passed back.
 
-Plain send and receive over the pp group; Megatron's P2PCommunicator needs CUDA. Stages follow each other: while a stage
-works on one block, the one before it is already at the next.
+The model's parts are called directly (embedding, decoder, output layer), not through `GPTModel.forward`: positions are
+explicit, the head runs on one position only, and no private method of Megatron is relied upon. Stages exchange hidden
+states by plain send and receive over the pp group (Megatron's P2PCommunicator needs CUDA) and follow each other: while
+a stage works on one block, the one before it is already at the next.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_star.attention import KVShape
-from nemo_star.model import StarGPTModel
+from nemo_star.distributed import all_gather
+from nemo_star.rotary import PositionRotaryEmbedding
 
 
-class Pipeline:
-    """This rank's stage of a model. With one stage it is the model itself."""
+class Stage:
+    """Runs one rank's part of a GPTModel whose layers come from `star_layer_spec`.
 
-    def __init__(self, model: StarGPTModel, pp_group: dist.ProcessGroup) -> None:
+    Args:
+        rotary: angles for the layers.
+        vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
+    """
+
+    def __init__(
+        self, model: GPTModel, rotary: PositionRotaryEmbedding, pp_group: dist.ProcessGroup, vocab_size: int
+    ) -> None:
         self.model = model
+        self.rotary = rotary
         self.group = pp_group
+        self.vocab_size = vocab_size
         weight = next(model.parameters())
-        self._empty = weight.new_empty(0)
+        self.dtype, self.device = weight.dtype, weight.device
         self._sending: tuple[dist.Work, Tensor] | None = None
 
     @property
@@ -42,45 +55,59 @@ class Pipeline:
         """What a layer's K looks like here, for one request."""
         config = self.model.config
         groups = config.num_query_groups // self.model.tp_group.size()
-        return KVShape(1, groups, config.kv_channels, self._empty.dtype, self._empty.device)
+        return KVShape(1, groups, config.kv_channels, self.dtype, self.device)
 
     def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Run this stage's layers for what they leave in the K/V cache; ids and positions [b, s]."""
-        self._receive_hidden(input_ids)
-        hidden = self.model.encode(input_ids, position_ids)
-        self._send_hidden(hidden)
+        """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
+        self._send_on(self._layers(input_ids, position_ids))
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Logits [b, vocab] float32 after the last of input_ids [b, s]: on the last stage; None on the others."""
-        self._receive_hidden(input_ids)
+        """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
+        hidden = self._layers(input_ids, position_ids)
         if self.is_last:
-            return self.model.next_token_logits(input_ids, position_ids)
-        self._send_hidden(self.model.encode(input_ids, position_ids))
+            return self._head(hidden[-1:])
+        self._send_on(hidden)
         return None
 
     def logits_to_first(self, logits: Tensor | None) -> Tensor:
-        """The last stage's logits [b, vocab] on the first one (to be called on these two alone)."""
-        if self.group.size() == 1 or self.is_last:
+        """The last stage's logits [vocab] on the first one; to be called on these two."""
+        if self.is_last:
             assert logits is not None
             if not self.is_first:
                 dist.send(logits, group=self.group, group_dst=0)
             return logits
-        received = self._empty.new_empty((1, self.model.true_vocab_size), dtype=torch.float32)
+        received = torch.empty(self.vocab_size, dtype=torch.float32, device=self.device)
         dist.recv(received, group=self.group, group_src=self.group.size() - 1)
         return received
 
-    def _receive_hidden(self, input_ids: Tensor) -> None:
-        """Take [s, b, h] from the stage before, whose token ids are known here too."""
+    def _layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [s, b, h] after this stage's layers."""
+        hidden = None
         if self.is_first:
-            return
-        batch, tokens = input_ids.shape
-        hidden = self._empty.new_empty(tokens, batch, self.model.config.hidden_size)
-        dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
-        self.model.set_input_tensor(hidden)
+            hidden = self.model.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        else:
+            self.model.set_input_tensor(self._receive(input_ids.numel()))
+        return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
 
-    def _send_hidden(self, hidden: Tensor) -> None:
+    def _head(self, hidden: Tensor) -> Tensor:
+        """hidden [1, b, h] -> logits [vocab] float32; those of all positions of a 128K block would be 34 GB."""
+        tied = self.model.share_embeddings_and_output_weights
+        weight = self.model.shared_embedding_or_output_weight() if tied else None
+        logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten()  # [vocab / tp]
+        if self.model.tp_group.size() > 1:
+            logits = all_gather(logits, self.model.tp_group).flatten()
+        return logits[: self.vocab_size]
+
+    def _receive(self, tokens: int) -> Tensor:
+        """[s, b, h] from the stage before, whose token ids are known here too."""
+        hidden = torch.empty(tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+        if tokens:
+            dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
+        return hidden
+
+    def _send_on(self, hidden: Tensor) -> None:
         """Send [s, b, h] to the next stage, and go on: at most one send is under way."""
-        if self.is_last:
+        if self.is_last or not hidden.shape[0]:
             return
         if self._sending is not None:
             self._sending[0].wait()

@@ -1,18 +1,17 @@
 """Rotary embedding by position id.
 
-Megatron's `RotaryEmbedding` derives positions from the sequence length and slices them over cp ranks; Star Attention
-needs the position of each token in flight, for instance an anchor's followed by a block's. Its Llama 3 scaling also
-hard-codes the factors of one checkpoint; here they come from the model's own configuration.
+Megatron's `RotaryEmbedding` derives positions from the sequence length, slices them over cp ranks and wants CUDA; Star
+Attention needs the position of each token in flight, for instance an anchor's followed by a block's. Its Llama 3
+scaling also hard-codes the factors of one checkpoint; here they come from the model's own configuration.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 
@@ -44,26 +43,16 @@ def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> T
     return inv_freq * (kept + (1.0 - kept) / scaling.factor)
 
 
-class PositionRotaryEmbedding(RotaryEmbedding):
-    """Megatron's rotary embedding, indexed by the position ids that `set_position_ids` gave last."""
+class PositionRotaryEmbedding(torch.nn.Module):
+    """Rotary angles of given positions, in the form that Megatron's layers take as `rotary_pos_emb`."""
 
-    def __init__(self, dim: int, *, base: float, scaling: RopeScaling | None, device: torch.device) -> None:
-        torch.nn.Module.__init__(self)  # the stock constructor asks for the current CUDA device
-        self.rotary_interleaved = False
-        self.inv_freq = inverse_frequencies(dim, base, scaling).to(device)
-        self._embedding: Tensor | None = None
+    inv_freq: Tensor
 
-    def set_position_ids(self, position_ids: Tensor) -> None:
-        """Angles of the tokens in flight; position_ids [b, s] int64, the same in every row of the batch."""
-        angles = torch.outer(position_ids[0].to(self.inv_freq), self.inv_freq)
-        self._embedding = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    def __init__(self, dim: int, *, base: float, scaling: RopeScaling | None = None) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(dim, base, scaling), persistent=False)
 
-    def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
-        assert self._embedding is not None
-        return self._embedding.shape[0]
-
-    def forward(self, max_seq_len: int, *_: Any, **__: Any) -> Tensor:
-        """[s, 1, 1, dim] float32 angles of the tokens in flight."""
-        assert self._embedding is not None
-        assert self._embedding.shape[0] == max_seq_len
-        return self._embedding
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """[s, 1, 1, dim] float32 angles of position_ids [s] int64."""
+        angles = torch.outer(position_ids.to(self.inv_freq), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

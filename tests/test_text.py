@@ -3,11 +3,13 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 from launch import ROOT, generate_many, read_jsonl, run_tool, torchrun, write_jsonl
 
 from nemo_star.evaluation.needles import make_document, question
+from nemo_star.tokenizer import Tokenizer
 
 GENERATE = ROOT / "tools" / "generate.py"
 ASSETS = ROOT / "assets"
@@ -111,8 +113,6 @@ def test_an_end_string_ends_the_answer_and_is_not_in_its_text(answers):
 
 def test_a_chat_template_wraps_both_texts(demo, tmp_path):
     """The template of the copy adds words around the same question: the answer stays right."""
-    import shutil
-
     chat = shutil.copytree(demo, tmp_path / "chat")
     config = json.loads((chat / "hf" / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -127,3 +127,19 @@ def test_a_chat_template_wraps_both_texts(demo, tmp_path):
     assert refused.returncode == 1
     assert "has no chat template" in refused.stderr
     assert value
+
+
+def test_needle_questions_are_made_to_length_and_scored(tmp_path):
+    tool = ROOT / "tools" / "needles.py"
+    made = run_tool(
+        tool, "make", "--tokenizer", ASSETS / "demo_model", "--tokens", 500, "--needles", 3, "--documents", 4
+    )
+    rows = [json.loads(line) for line in made.stdout.splitlines()]
+    assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    tokenizer = Tokenizer.load(ASSETS / "demo_model")
+    for row in rows:
+        assert f"is: {row['outputs'][0]}." in row["context"]
+        assert 460 <= len(tokenizer.encode(row["context"], row["query"])[0]) <= 500
+    answers = [{**row, "text": row["outputs"][0] if row["id"] else "1"} for row in rows]
+    scored = run_tool(tool, "score", write_jsonl(tmp_path / "answers.jsonl", answers))
+    assert scored.stdout == "3 of 4 right (75.0%)\n"

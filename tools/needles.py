@@ -9,10 +9,10 @@ Documents and questions have RULER's wording (arXiv 2404.06654); an answer is ri
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
+from typing import Any
 
-from nemo_star.evaluation.needles import make_document, question
+from nemo_star.evaluation.needles import fit_document, question
 from nemo_star.launch import run_as_tool
 from nemo_star.tokenizer import Tokenizer
 
@@ -33,19 +33,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_row(tokenizer: Tokenizer, tokens: int, needles: int, seed: str) -> dict:
+def make_row(tokenizer: Tokenizer, tokens: int, needles: int, seed: str) -> dict[str, Any]:
     """One question about a document that is as long as `tokens` allows."""
-    filler = tokens // 8
-    while True:
-        rng = random.Random(seed)
-        document = make_document(rng, filler_sentences=filler, needles=needles)
-        key = rng.choice(list(document.needles))
-        length = len(tokenizer.encode(document.text, question(key))[0])
-        if length <= tokens:
-            return {"context": document.text, "query": question(key), "outputs": [document.needles[key]]}
-        filler -= max(1, (length - tokens) // 16)
-        if filler < 0:
-            raise ValueError(f"{needles} needles do not fit into {tokens} tokens")
+    rng = random.Random(seed)
+    document = fit_document(
+        rng, tokens=tokens - 1, needles=needles, count_tokens=lambda text: len(tokenizer.encode(".", text)[1])
+    )
+    key = rng.choice(list(document.needles))
+    return {"context": document.text, "query": question(key), "outputs": [document.needles[key]]}
 
 
 def main() -> int:
@@ -61,7 +56,7 @@ def main() -> int:
     for number in range(arguments.documents):
         seed = f"needles {arguments.seed} {arguments.needles} {number}"
         row = make_row(tokenizer, arguments.tokens, arguments.needles, seed)
-        print(json.dumps({"id": number, **row}), file=sys.stdout)
+        print(json.dumps({"id": number, **row}))
     return 0
 
 

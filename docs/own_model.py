@@ -1,0 +1,71 @@
+"""Star Attention in a GPTModel that you build yourself, after your own initialisation of Megatron.
+
+    torchrun --nproc-per-node 2 docs/own_model.py
+
+Random weights; prints the generated token ids, the same for any number of processes.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_star.attention import AttentionState
+from nemo_star.attention.kernels import get_kernel
+from nemo_star.cache import KVCache
+from nemo_star.config import AttentionConfig
+from nemo_star.distributed import groups_from_parallel_state
+from nemo_star.engine import Engine
+from nemo_star.model import star_layer_spec
+from nemo_star.pipeline import Stage
+from nemo_star.rotary import PositionRotaryEmbedding
+
+VOCAB_SIZE = 128
+
+
+def build_engine() -> Engine:
+    groups = groups_from_parallel_state()
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        use_cpu_initialization=True,
+        cuda_graph_scope=[],
+    )
+    # One state, shared by the layers (through the spec) and the engine that steers them.
+    state = AttentionState(
+        cache=KVCache(),
+        kernel=get_kernel("auto", torch.device("cpu"), torch.float32),
+        cp_group=groups.cp,
+    )
+    torch.manual_seed(0)
+    model = GPTModel(
+        config,
+        star_layer_spec(config, state),
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=4096,
+        position_embedding_type="none",  # the engine gives the layers their rotary angles
+        pg_collection=groups.collection,
+    ).eval()
+    rotary = PositionRotaryEmbedding(config.kv_channels, base=10000.0)
+    stage = Stage(model, rotary, groups.pp, VOCAB_SIZE)
+    return Engine(stage, state, groups, AttentionConfig(block_size=64))
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
+    engine = build_engine()
+    engine.encode_context([i * i % VOCAB_SIZE for i in range(300)], new_tokens=16)
+    steps = engine.generate([5, 6, 7], tokens_to_generate=8, choose=lambda logits: (int(logits.argmax()), False))
+    tokens = [step.token for step in steps]
+    if dist.get_rank() == 0:
+        print(*tokens)
+
+
+if __name__ == "__main__":
+    main()
+    dist.destroy_process_group()
