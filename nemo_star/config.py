@@ -181,6 +181,49 @@ class GenerateConfig:
             )
 
 
+@dataclass(frozen=True)
+class ShapeConfig:
+    """Shape of a model with random weights, in the words of Megatron's TransformerConfig."""
+
+    num_layers: int = 8
+    hidden_size: int = 512
+    num_attention_heads: int = 8
+    num_query_groups: int = 2
+    ffn_hidden_size: int = 2048
+    vocab_size: int = 32000
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """All keys of `tools/benchmark.py`."""
+
+    output: str | None = None
+    compare: tuple[str, ...] = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
+    """Kinds to run in turn, `attention[:anchor]`."""
+    context_tokens: tuple[int, ...] = (4096, 16384)
+    decode_tokens: int = 8
+    """Tokens generated after each prefill; their median time is taken."""
+    repeats: int = 3
+    overwrite: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    model: ShapeConfig = field(default_factory=ShapeConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        for kind in self.compare:
+            name, _, anchor = kind.partition(":")
+            if name not in ATTENTION_KINDS or (anchor and (name != "star" or anchor not in ("shared", "recompute"))):
+                raise ValueError(
+                    f"compare: {kind!r} is unknown; known: star:shared, star:recompute, ring, ulysses, dense"
+                )
+        for key in ("compare", "context_tokens"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} is empty: give at least one")
+        if min(self.context_tokens) < 1 or self.decode_tokens < 1 or self.repeats < 1:
+            raise ValueError("context_tokens, decode_tokens and repeats must be at least 1")
+
+
 Config = TypeVar("Config")
 
 

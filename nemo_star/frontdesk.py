@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from nemo_star.launch import EXIT_BAD_LINES, warn
 from nemo_star.model import ModelConfig
 from nemo_star.partition import PARTITIONS
 from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
+from nemo_star.targets import check_target, write_whole
 from nemo_star.tokenizer import Tokenizer, end_token_ids
 
 
@@ -71,7 +71,8 @@ class FrontDesk:
         """Check everything that can be checked without the weights; nothing is written yet."""
         config = self.config
         self._reader = RequestReader(self.model.vocab_size, self.tokenizer, config.chat_template)
-        check_target("output", config.output, replace=config.overwrite or config.resume)
+        ways = "resume=true (continue it) or overwrite=true"
+        check_target("output", config.output, replace=config.overwrite or config.resume, ways=ways)
         check_target("output_logits", config.output_logits, replace=config.overwrite)
         if config.input is None:
             request = self._reader.from_text(read_text(config, "context"), read_text(config, "query"))
@@ -173,7 +174,7 @@ class FrontDesk:
         peaks = " + ".join(f"{peak / 2**20:.0f}" for peak in peak_memory_bytes)
         self._tell(f"peak memory per rank: {peaks} MiB")
         if self.config.output_logits is not None:
-            _write_whole(Path(self.config.output_logits), self._logits)
+            write_whole(Path(self.config.output_logits), lambda file: save_file(self._logits, file))
         return EXIT_BAD_LINES if self._any_bad else 0
 
     def _check_sizes(self, request: Request) -> None:
@@ -233,22 +234,6 @@ def read_text(config: GenerateConfig, name: str) -> str:
         raise ValueError(f"{name}_file={path} is not UTF-8 text: {error}") from error
 
 
-def check_target(key: str, path: str | None, *, replace: bool) -> None:
-    """An output that exists is not overwritten unasked, one that cannot be written is noticed now."""
-    if path is None:
-        return
-    if os.path.isdir(path):
-        raise ValueError(f"{key}={path} is a directory: give a file")
-    if os.path.exists(path) and not replace:
-        ways = "overwrite=true" if key == "output_logits" else "resume=true (continue it) or overwrite=true"
-        raise ValueError(f"{key}={path} exists: give another file or {ways}")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ValueError(f"{key}={path}: folder {folder} does not exist")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"{key}={path} cannot be written: permission denied")
-
-
 def check_distinct(ids: list[Any]) -> None:
     """Logits are stored under the request's id: each must be there, and only once."""
     seen: set[str] = set()
@@ -260,16 +245,3 @@ def check_distinct(ids: list[Any]) -> None:
                 f"output_logits stores logits by id, and id {identity!r} of line {number} is not the first"
             )
         seen.add(str(identity))
-
-
-def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is complete or absent."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file(tensors, name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

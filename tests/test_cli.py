@@ -9,7 +9,7 @@ from launch import ROOT, run_tool, torchrun
 from omegaconf import OmegaConf
 
 from nemo_star.cli import RECIPES, compose, quote, quote_literal
-from nemo_star.config import GenerateConfig
+from nemo_star.config import BenchmarkConfig, GenerateConfig
 
 GENERATE = ROOT / "tools" / "generate.py"
 LITERAL = ("checkpoint", "context", "query", "output")
@@ -44,13 +44,21 @@ def test_only_literal_keys_are_quoted():
 
 
 def test_recipes_compose():
-    for recipe in sorted(RECIPES.glob("*.yaml")):
+    for recipe in sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "benchmark.yaml"}):
         arguments = ["--config-name", recipe.stem, "checkpoint=somewhere"]
         values = yaml.safe_load(recipe.read_text())
         if not any(values.get(f"context{end}") for end in ("", "_file")):
             arguments += ["context=a", "query=b"]
         config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL)
         assert config.checkpoint == "somewhere"
+
+
+def test_the_benchmark_recipe_composes():
+    config = compose(BenchmarkConfig, ["compare=[star:shared,ring]", "model.num_layers=2"], tool="benchmark")
+    assert config.compare == ("star:shared", "ring")
+    assert (config.model.num_layers, config.model.hidden_size) == (2, 512)
+    with pytest.raises(ValueError, match="'star:twice' is unknown; known: star:shared"):
+        compose(BenchmarkConfig, ["compare=[star:twice]"], tool="benchmark")
 
 
 def test_groups_and_literals_reach_the_config():

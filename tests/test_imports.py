@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_star"
 ORDER = [
-    {"config", "launch"},
+    {"config", "launch", "targets"},
     {"cli", "distributed", "partition", "rotary", "memory"},
     {"attention.merge"},
     {"attention.kernels", "cache"},
@@ -25,7 +25,8 @@ ORDER = [
     {"answer"},
     {"frontdesk"},
     {"generation"},
-    {"evaluation"},
+    {"flops"},
+    {"evaluation", "benchmarking"},
 ]
 """Rooms of the way, first to last; a package's name stands for its modules that are not named themselves."""
 

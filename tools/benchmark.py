@@ -1,0 +1,25 @@
+"""Compare kinds of attention on random weights: prefill, decode, memory.
+
+    torchrun --nproc-per-node N tools/benchmark.py [compare=[star:shared,star:recompute,ring,ulysses,dense]] \\
+        [context_tokens=[4096,16384]] [model.num_layers=8 ...] [attention.block_size=2048] [output=FILE.json]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from nemo_star.cli import compose
+from nemo_star.config import BenchmarkConfig
+from nemo_star.launch import run_as_tool
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output",))
+    if config is None:
+        return 0
+    from nemo_star.benchmarking import run  # only now: importing Megatron takes seconds
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    run_as_tool(lambda: main(sys.argv[1:]))
