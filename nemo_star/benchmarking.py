@@ -117,7 +117,8 @@ def _sample(contender: Contender, tokens: int, config: BenchmarkConfig) -> dict[
         torch.set_num_threads(os.cpu_count() or 1)
     reset_peak_memory(engine.device)
     context = [(i * i + 7) % config.model.vocab_size for i in range(tokens)]
-    prefill = engine.encode_context(context, new_tokens=config.decode_tokens + 1)
+    engine.encode_context(context, new_tokens=config.decode_tokens + 1)
+    prefill = engine.prefill_report()
     kv_bytes = engine.state.cache.bytes_per_token * engine.state.cache.tokens
     marks = []
     for _ in engine.generate(

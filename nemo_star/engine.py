@@ -51,7 +51,8 @@ class Engine:
         self.groups = groups
         self.attention = attention
         self.device, self.dtype = stage.device, stage.dtype
-        self._kv_tokens: list[int] = []
+        self._kv_tokens: list[int] = []  # by cp rank; grows as new tokens are dealt out
+        self._prefilled = 0, 0.0  # tokens cached here by the last prefill, and its seconds on this rank
 
     def partition(self, context_tokens: int) -> Partition:
         """How a context of this length is cut and dealt out."""
@@ -61,8 +62,8 @@ class Engine:
     @torch.inference_mode()
     def encode_context(
         self, context_ids: Sequence[int], *, new_tokens: int, on_block: Callable[[], None] = lambda: None
-    ) -> Prefill:
-        """Phase 1: fill the cache with the context's K/V.
+    ) -> None:
+        """Phase 1: fill the cache with the context's K/V. Ranks exchange nothing but what their attention needs.
 
         Args:
             context_ids: the whole context, on every rank.
@@ -83,11 +84,15 @@ class Engine:
             anchor.finish()
         self.state.partition = self.state.anchor = None
         self._synchronize()
-        elapsed = time.perf_counter() - started
-        reports = gather_objects((cp_rank, self.state.cache.tokens, elapsed), self.groups.replica)
+        self._kv_tokens = [partition.tokens_of(rank) for rank in range(len(partition.ranks))]
+        self._prefilled = self.state.cache.tokens, time.perf_counter() - started
+
+    def prefill_report(self) -> Prefill:
+        """What the last prefill took on all ranks of the replica, which all ask."""
+        tokens, seconds = self._prefilled
+        reports = gather_objects((self.groups.cp.rank(), tokens, seconds), self.groups.replica)
         held = {rank: tokens for rank, tokens, _ in reports}
-        self._kv_tokens = [held[rank] for rank in range(len(held))]
-        return Prefill(max(seconds for _, _, seconds in reports), list(self._kv_tokens))
+        return Prefill(max(seconds for *_, seconds in reports), [held[rank] for rank in range(len(held))])
 
     @torch.inference_mode()
     def generate(self, query_ids: Sequence[int], *, tokens_to_generate: int, choose: Choose | None) -> Iterator[Step]:

@@ -94,7 +94,7 @@ def run_request(engine: Engine, desk: FrontDesk, request: Request) -> Result | N
     """Answer one request on the ranks of a replica; its first rank chooses the tokens and gets the result."""
     answer = desk.begin(request) if engine.groups.replica.rank() == 0 else None
     tokens_to_generate = desk.config.inference.tokens_to_generate
-    prefill = engine.encode_context(
+    engine.encode_context(
         request.context_ids,
         new_tokens=len(request.query_ids) + tokens_to_generate,
         on_block=desk.block_done if answer else lambda: None,
@@ -105,4 +105,5 @@ def run_request(engine: Engine, desk: FrontDesk, request: Request) -> Result | N
     for step in steps:
         if answer:
             answer.keep(step)
+    prefill = engine.prefill_report()
     return answer.finish(prefill) if answer else None

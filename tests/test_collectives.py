@@ -1,0 +1,16 @@
+import json
+
+import torch.distributed as dist
+from launch import ROOT, torchrun
+
+LAYERS = 4  # of the tiny model
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+def test_one_collective_a_layer_over_cp(tmp_path, tiny):
+    """Prefill: one broadcast a layer (shared anchor) and nothing else; decode: one all-gather a layer."""
+    done = torchrun(2, ROOT / "tests/count_collectives.py", tiny, tmp_path / "counts.json")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    # The step's one broadcast is the chosen token's, over the replica: in a world of two, the same ranks as cp.
+    assert counts == {"prefill": {"broadcast": LAYERS}, "decode": {ALL_GATHER: LAYERS, "broadcast": 1}}
