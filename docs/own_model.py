@@ -36,11 +36,8 @@ def build_engine() -> Engine:
         cuda_graph_scope=[],
     )
     # One state, shared by the layers (through the spec) and the engine that steers them.
-    state = AttentionState(
-        cache=KVCache(),
-        kernel=get_kernel("auto", torch.device("cpu"), torch.float32),
-        cp_group=groups.cp,
-    )
+    kernel = get_kernel("auto", torch.device("cpu"), torch.float32)
+    state = AttentionState(cache=KVCache(), kernel=kernel, decode_kernel=kernel, cp_group=groups.cp)
     torch.manual_seed(0)
     model = GPTModel(
         config,

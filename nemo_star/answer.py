@@ -19,7 +19,7 @@ from nemo_star.tokenizer import TextStream, Tokenizer
 
 @dataclass(frozen=True)
 class Result:
-    """A finished answer: its JSON line and, where wanted, the logits [new_tokens, vocab] float32."""
+    """A finished answer: our fields of its JSON line and, where wanted, the logits [new_tokens, vocab] float32."""
 
     line: dict[str, Any]
     logits: Tensor | None
@@ -78,8 +78,6 @@ class Answer:
         if self._stream:
             self._show(self._stream.finish())
         line = {
-            "id": self.request.id,
-            **self.request.extra,
             "text": self._stream.text if self._stream else None,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,

@@ -52,14 +52,14 @@ def run(config: BenchmarkConfig) -> int:
     if layout.dp > 1:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
-    device = initialize(config.parallel.timeout_minutes)
+    initialize(config.parallel.timeout_minutes)
     model = ModelConfig(
         **dataclasses.asdict(config.model),
         kv_channels=config.model.hidden_size // config.model.num_attention_heads,
         max_position_embeddings=max(config.context_tokens) + config.decode_tokens + 1,
     )
-    groups = create_groups(layout, device)
-    alone = create_groups(Layout(tp=1, cp=1, dp=environment_world_size(), pp=1), device)
+    groups = create_groups(layout, config.parallel.timeout_minutes)
+    alone = create_groups(Layout(tp=1, cp=1, dp=environment_world_size(), pp=1), config.parallel.timeout_minutes)
     contenders = [_contender(kind, config, model, (layout, groups), alone) for kind in config.compare]
     rows = []
     for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
@@ -83,7 +83,8 @@ def _contender(
     check_layout(model, layout, name)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    state = AttentionState(KVCache(dtype), get_kernel(attention.kernel, device, dtype), groups.cp)
+    kernel = get_kernel(attention.kernel, device, dtype)
+    state = AttentionState(KVCache(dtype), kernel, kernel, groups.cp)
     built = build_model(model, kind=name, state=state, groups=groups.collection, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(0)
     for weight in built.parameters():

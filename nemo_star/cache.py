@@ -54,7 +54,9 @@ class KVCache:
         start = layer.tokens if layer else 0
         stop = start + k.shape[0]
         if layer is None or stop > layer.k.shape[0] or layer.k.shape[1:] != k.shape[1:]:
-            layer = self._layers[layer_number] = self._grown(layer, k, start, max(stop, self._capacity))
+            # Past the plan it grows by an eighth, so that appending stays cheap.
+            capacity = max(stop, self._capacity) if start == 0 else stop + stop // 8
+            layer = self._layers[layer_number] = self._grown(layer, k, start, capacity)
         layer.k[start:stop].copy_(k)
         layer.v[start:stop].copy_(v)
         layer.tokens = stop

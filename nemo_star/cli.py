@@ -55,6 +55,8 @@ def compose(
     Plugins.instance().register(GroupsSearchPath)
     if not OmegaConf.has_resolver("project"):
         OmegaConf.register_new_resolver("project", lambda: str(PROJECT_ROOT))
+    if {"-m", "--multirun"} & set(arguments):
+        raise ValueError("--multirun is not supported: start the tool once for each setting")
     composed: list[DictConfig] = []
     main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=tool)(composed.append)
     quoted = [quote_literal(argument, literal_keys) for argument in arguments]

@@ -17,6 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BLOCKS = 4
 MAX_DEFAULT_BLOCK_SIZE = 32768
 SMALL_BLOCK_TOKENS = 16
+MIN_TEMPERATURE = 1e-3
+MOST_SEED = 2**62
+MOST_MINUTES = 60 * 24 * 365
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int | None = None
     """None: all ranks that tp and pp leave over (for dense attention: 1)."""
+    decode: Literal["replicated"] | None = None
+    """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided."""
     timeout_minutes: float = 30.0
     """A collective that waits longer ends the job."""
 
@@ -78,8 +83,8 @@ class ParallelConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"parallel.{name}={size} must be at least 1")
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0")
+        if not 0 < self.timeout_minutes <= MOST_MINUTES:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MOST_MINUTES}")
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,17 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.tokens_to_generate < 1:
             raise ValueError(f"inference.tokens_to_generate={self.tokens_to_generate} must be at least 1")
-        if self.temperature <= 0:
+        if not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
-                f"inference.temperature={self.temperature} must be above 0; "
+                f"inference.temperature={self.temperature} must be {MIN_TEMPERATURE} or more; "
                 "for the likeliest token at every step: inference.greedy=true"
             )
         if self.top_k < 0:
             raise ValueError(f"inference.top_k={self.top_k} must be 0 (keep all) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"inference.top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < MOST_SEED:
+            raise ValueError(f"inference.seed={self.seed} must be at least 0 and below {MOST_SEED}")
         if "" in self.end_strings:
             raise ValueError("inference.end_strings holds an empty string, which would end every answer at once")
 

@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_star.config import ParallelConfig
 
@@ -64,6 +63,11 @@ def initialize(timeout_minutes: float) -> torch.device:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                "start one process for each"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -107,15 +111,23 @@ class Groups:
         return self.collection.dp
 
 
-def create_groups(layout: Layout, device: torch.device) -> Groups:
+def create_groups(layout: Layout, timeout_minutes: float) -> Groups:
     """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
-    mesh = init_device_mesh(
-        device.type, (layout.pp, layout.dp, layout.cp, layout.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
-    )
-    groups = {name: mesh.get_group(name) for name in ("tp", "cp", "pp", "dp")}
-    dp_cp = mesh["dp", "cp"]._flatten("dp_cp").get_group()  # the copies of a weight, for dist_checkpointing
-    replica = mesh["pp", "cp", "tp"]._flatten("replica").get_group()
-    return Groups(ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None), replica)
+    dimensions = ("pp", "dp", "cp", "tp")
+    ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
+    timeout = timedelta(minutes=timeout_minutes)
+
+    def group(*inside: str) -> dist.ProcessGroup:
+        """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
+        others = [dim for dim, name in enumerate(dimensions) if name not in inside]
+        within = [dim for dim, name in enumerate(dimensions) if name in inside]
+        members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+        return mine
+
+    groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
+    dp_cp = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
+    return Groups(ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None), group("pp", "cp", "tp"))
 
 
 def groups_from_parallel_state() -> Groups:

@@ -16,6 +16,9 @@ from nemo_star.distributed import Groups, gather_objects
 from nemo_star.partition import PARTITIONS, Block, Partition
 from nemo_star.pipeline import Stage
 
+MOST_RESERVED_TOKENS = 4096
+"""Room kept for query and answer from the start; an answer seldom takes all the tokens that it may."""
+
 Choose = Callable[[Tensor], tuple[int, bool]]
 """Logits [vocab] float32 -> (token, whether it ends the answer). Asked on the replica's first rank only."""
 
@@ -74,7 +77,7 @@ class Engine:
         partition = self.partition(len(context_ids))
         ids = torch.tensor(context_ids, device=self.device)
         cp_rank = self.groups.cp.rank()
-        self.state.cache.reset(partition.tokens_of(cp_rank) + new_tokens)
+        self.state.cache.reset(partition.tokens_of(cp_rank) + min(new_tokens, MOST_RESERVED_TOKENS))
         self.state.partition = partition
         self.state.anchor = anchor = self._shared_anchor(partition)
         for block in partition.ranks[cp_rank]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,9 @@ from nemo_star.config import SMALL_BLOCK_TOKENS, GenerateConfig
 from nemo_star.launch import EXIT_BAD_LINES, warn
 from nemo_star.model import ModelConfig
 from nemo_star.partition import PARTITIONS
-from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
+from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, Resumed, read_resumed
 from nemo_star.targets import check_target, write_whole
 from nemo_star.tokenizer import Tokenizer, end_token_ids
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive lines of the input: at most one request per replica, and the bad lines between them."""
-
-    items: list[Request | BadRequest]
-
-    @property
-    def requests(self) -> list[Request]:
-        return [item for item in self.items if isinstance(item, Request)]
 
 
 class FrontDesk:
@@ -49,7 +38,10 @@ class FrontDesk:
         self._output: OutputFile | None = None
         self._bar = tqdm(disable=True)
         self._logits: dict[str, Tensor] = {}
-        self._last_line: dict[str, Any] = {}
+        self._last_stats: dict[str, Any] = {}
+        self._batch: list[Request | BadRequest] = []
+        self._resumed = Resumed([], 0)
+        self._total_lines = 0
         self._any_bad = False
         self._runs_as = ""
         self._cp_size = 1
@@ -72,8 +64,10 @@ class FrontDesk:
         config = self.config
         self._reader = RequestReader(self.model.vocab_size, self.tokenizer, config.chat_template)
         ways = "resume=true (continue it) or overwrite=true"
-        check_target("output", config.output, replace=config.overwrite or config.resume, ways=ways)
+        check_target("output", config.output, replace=config.overwrite or config.resume, ways=ways, streams=True)
         check_target("output_logits", config.output_logits, replace=config.overwrite)
+        names = ("input", "context_file", "query_file", "output", "output_logits")
+        check_apart({name: path for name in names if (path := getattr(config, name)) not in (None, "-")})
         if config.input is None:
             request = self._reader.from_text(read_text(config, "context"), read_text(config, "query"))
             self._check_sizes(request)
@@ -83,25 +77,22 @@ class FrontDesk:
 
     def _open_input(self, path: str) -> None:
         lines = InputFile(path)
-        output = self.config.output
-        if output is not None and path != "-" and os.path.exists(output) and os.path.samefile(path, output):
-            raise ValueError(f"input and output are the same file: {path}")
         if self.config.output_logits is not None:
-            check_distinct(list(lines.ids()))
-        done = 0
+            check_distinct(lines.ids())
         if self.config.resume:
-            self._output = OutputFile(Path(str(self.config.output)), resume=True)
-            check_resumed(self._output.done, lines.ids())
-            done = len(self._output.done)
-            self._any_bad = any("error" in answer for answer in self._output.done)
+            self._resumed = read_resumed(Path(str(self.config.output)), lines.ids())
+            self._any_bad = any("token_ids" not in answer for answer in self._resumed.answers)
+        done = len(self._resumed.answers)
+        self._total_lines = sum(1 for _ in lines)
         self._items = (self._parsed(line, index) for index, line in enumerate(lines) if index >= done)
-        self._bar = tqdm(total=sum(1 for _ in lines), initial=done, desc="requests", file=sys.stderr)
 
     def _parsed(self, line: bytes, index: int) -> Request | BadRequest:
         """The request of a line if it fits the model, else what is wrong with it."""
         request = self._reader.parse_line(line, index)
         if isinstance(request, Request):
             try:
+                if self.config.output_logits is not None and request.id is None:
+                    raise ValueError("output_logits stores logits by id, and this line has none")
                 self._check_sizes(request)
             except ValueError as error:
                 return BadRequest(request.id, request.index, str(error), request.extra)
@@ -114,22 +105,29 @@ class FrontDesk:
         config = self.config
         self._runs_as = f"kernel {kernel}, {str(dtype).removeprefix('torch.')}"
         self._cp_size = cp_size
-        if config.overwrite and config.output_logits:
+        if config.output_logits:
             Path(config.output_logits).unlink(missing_ok=True)
-        if self._output is None and (config.output is not None or config.input is not None):
-            self._output = OutputFile(Path(config.output) if config.output else None)
+        if config.output is not None or config.input is not None:
+            path = Path(config.output) if config.output else None
+            self._output = OutputFile(path, kept_bytes=self._resumed.kept_bytes)
+        if config.input is not None:
+            done = len(self._resumed.answers)
+            self._bar = tqdm(total=self._total_lines, initial=done, desc="requests", file=sys.stderr)
 
-    def next_batch(self, replicas: int) -> Batch | None:
-        """The next lines, with at most one request per replica; None after the last. Says what will run."""
-        items: list[Request | BadRequest] = []
+    def next_batch(self, replicas: int) -> list[Request] | None:
+        """The next requests, at most one for each replica; None after the last. Says what will run.
+
+        Bad lines between them are answered with them. A request leaves this rank without its id and further fields.
+        """
+        self._batch = []
         wanted = replicas
         while wanted and (item := next(self._items, None)) is not None:
-            items.append(item)
+            self._batch.append(item)
             wanted -= isinstance(item, Request)
-        batch = Batch(items)
-        for request in batch.requests:
+        requests = [item for item in self._batch if isinstance(item, Request)]
+        for request in requests:
             self._describe(len(request.context_ids))
-        return batch if items else None
+        return [replace(request, id=None, extra={}) for request in requests] if self._batch else None
 
     def begin(self, request: Request) -> Answer:
         """An answer to fill, on the first rank of the replica that runs the request."""
@@ -148,16 +146,18 @@ class FrontDesk:
         if self.config.input is None:
             self._bar.update()
 
-    def take(self, batch: Batch, results: Sequence[Result]) -> None:
-        """Write the lines of a batch, in the order of the input."""
+    def take(self, results: Sequence[Result]) -> None:
+        """Write the lines of the batch, in the order of the input."""
         remaining = iter(results)
-        for item in batch.items:
+        for item in self._batch:
+            line = {"id": item.id, **item.extra}
             if isinstance(item, BadRequest):
                 self._any_bad = True
-                line = {"id": item.id, **item.extra, "error": item.error}
+                line["error"] = item.error
             else:
                 result = next(remaining)
-                line = self._last_line = result.line
+                line |= result.line
+                self._last_stats = result.line["stats"]
                 if result.logits is not None:
                     self._logits[f"{item.id}/logits"] = result.logits
             if self._output:
@@ -170,7 +170,7 @@ class FrontDesk:
         self._bar.close()
         if self.config.input is None:
             print(flush=True)
-            self._tell(summary(self._last_line["stats"]))
+            self._tell(summary(self._last_stats))
         peaks = " + ".join(f"{peak / 2**20:.0f}" for peak in peak_memory_bytes)
         self._tell(f"peak memory per rank: {peaks} MiB")
         if self.config.output_logits is not None:
@@ -180,8 +180,9 @@ class FrontDesk:
     def _check_sizes(self, request: Request) -> None:
         """Raises ValueError for sizes that cannot run, warns of those that hardly make sense."""
         context_tokens = len(request.context_ids)
-        block_size, _anchor = self.config.attention.sizes(context_tokens)
-        if self.config.attention.kind == "star" and block_size < SMALL_BLOCK_TOKENS:
+        attention = self.config.attention
+        block_size, _anchor = attention.sizes(context_tokens)
+        if attention.kind == "star" and attention.block_size is not None and block_size < SMALL_BLOCK_TOKENS:
             self._tell(f"attention.block_size is {block_size} tokens (tokens, not K): is that meant?", warning=True)
         last = context_tokens + len(request.query_ids) + self.config.inference.tokens_to_generate
         if last > self.model.max_position_embeddings:
@@ -234,14 +235,26 @@ def read_text(config: GenerateConfig, name: str) -> str:
         raise ValueError(f"{name}_file={path} is not UTF-8 text: {error}") from error
 
 
-def check_distinct(ids: list[Any]) -> None:
-    """Logits are stored under the request's id: each must be there, and only once."""
+def check_apart(paths: Mapping[str, str]) -> None:
+    """Refuse that one file is named for two things: one of them would be lost."""
+    seen: dict[str, str] = {}
+    for key, path in paths.items():
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ValueError(f"{seen[real]} and {key} are the same file: {path}")
+        seen[real] = key
+
+
+def check_distinct(ids: Iterator[Any]) -> None:
+    """Logits are stored under the request's id: refuse one that comes twice (a line without one is a bad line)."""
     seen: set[str] = set()
     for number, identity in enumerate(ids, start=1):
         if identity is None:
-            continue  # a line without id is reported when it is its turn
+            continue
         if str(identity) in seen:
             raise ValueError(
                 f"output_logits stores logits by id, and id {identity!r} of line {number} is not the first"
             )
+        if not str(identity).isprintable():
+            raise ValueError(f"output_logits stores logits by id, and that of line {number} is no name: {identity!r}")
         seen.add(str(identity))

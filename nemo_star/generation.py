@@ -6,6 +6,7 @@ Rank 0 has a front desk that reads and checks requests and writes answers; all r
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from nemo_star.distributed import (
     plan_layout,
 )
 from nemo_star.engine import Engine
-from nemo_star.frontdesk import Batch, FrontDesk
+from nemo_star.frontdesk import FrontDesk
 from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes
 from nemo_star.model import build_model, build_rotary, check_layout
@@ -44,17 +45,17 @@ def run(config: GenerateConfig) -> int:
     """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
     device = initialize(config.parallel.timeout_minutes)
-    groups = create_groups(layout, device)
+    groups = create_groups(layout, config.parallel.timeout_minutes)
     description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
     check_layout(description.model, layout, config.attention.kind)
     desk = FrontDesk(config, description.model)
     on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
     on_first_rank(desk.open)
-    engine = on_every_rank(lambda: build_engine(config, description, groups, device))
+    engine = build_engine(config, description, groups, device)
     on_first_rank(lambda: desk.start(kernel=engine.state.kernel.name, dtype=engine.dtype, cp_size=layout.cp))
-    while batch := on_first_rank(lambda: desk.next_batch(layout.dp)):
-        results = run_batch(engine, desk, batch)
-        on_first_rank(functools.partial(desk.take, batch, results))
+    while (requests := on_first_rank(lambda: desk.next_batch(layout.dp))) is not None:
+        results = run_batch(engine, desk, requests)
+        on_first_rank(functools.partial(desk.take, results))
     peaks = gather_objects(peak_memory_bytes(device))
     return on_first_rank(lambda: desk.close(peaks))
 
@@ -68,7 +69,8 @@ def build_engine(
     kind = config.attention.kind
     state = AttentionState(
         cache=KVCache(cache_dtype),
-        kernel=get_kernel(config.attention.kernel, device, cache_dtype),
+        kernel=get_kernel(config.attention.kernel, device, dtype),
+        decode_kernel=get_kernel(config.attention.kernel, device, cache_dtype),
         cp_group=groups.cp,
     )
     model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
@@ -78,11 +80,11 @@ def build_engine(
     return Engine(stage, state, groups, config.attention)
 
 
-def run_batch(engine: Engine, desk: FrontDesk, batch: Batch) -> list[Result]:
+def run_batch(engine: Engine, desk: FrontDesk, requests: Sequence[Request]) -> list[Result]:
     """Run up to one request per replica; every replica's result, in order, on rank 0 (empty on the others)."""
     groups = engine.groups
     replica = groups.dp.rank()
-    result = run_request(engine, desk, batch.requests[replica]) if replica < len(batch.requests) else None
+    result = run_request(engine, desk, requests[replica]) if replica < len(requests) else None
     results: list[Result | None] = [result]
     if groups.dp.size() > 1 and groups.replica.rank() == 0:
         results = [None] * groups.dp.size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"a model with {name} {value}: must be at least 1")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "

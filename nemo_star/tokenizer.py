@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_CONTEXT_MARK, _QUERY_MARK = "<context of nemo_star>", "<query of nemo_star>"
+_CONTEXT_MARK, _QUERY_MARK = "[context of nemo_star]", "[query of nemo_star]"
 
 
 class Tokenizer:
@@ -28,7 +29,10 @@ class Tokenizer:
         """
         if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             return None
+        sentencepiece_alone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
         try:
+            if sentencepiece_alone:
+                return cls(SentencePieceAlone(directory / "tokenizer.model"))
             return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True))
         except Exception as error:  # the libraries behind it raise many kinds
             raise ValueError(f"tokenizer files in {directory} cannot be read: {error}") from error
@@ -60,10 +64,37 @@ class Tokenizer:
         if not getattr(self.hf, "chat_template", None):
             raise ValueError("chat_template=true, but the checkpoint's tokenizer has no chat template")
         message = {"role": "user", "content": f"{_CONTEXT_MARK}\n\n{_QUERY_MARK}"}
-        rendered = self.hf.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        try:
+            rendered: str = self.hf.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"the checkpoint's chat template cannot be applied: {error}") from error
+        if rendered.count(_CONTEXT_MARK) != 1 or rendered.count(_QUERY_MARK) != 1:
+            raise ValueError("the checkpoint's chat template does not give a user's message once and unchanged")
         before, between_and_after = rendered.split(_CONTEXT_MARK)
         between, after = between_and_after.split(_QUERY_MARK)
         return before + context + between, query + after
+
+
+class SentencePieceAlone:
+    """A tokenizer.model without a tokenizer.json, in the words of a Hugging Face tokenizer.
+
+    transformers would convert it, and tokenizes the start of a text differently from SentencePiece.
+    """
+
+    chat_template = None
+
+    def __init__(self, file: Path) -> None:
+        self._model = SentencePieceProcessor(model_file=str(file))
+        self.bos_token_id, self.eos_token_id = (
+            token if token >= 0 else None for token in (self._model.bos_id(), self._model.eos_id())
+        )
+        self.all_special_ids = [i for i in range(self._model.vocab_size()) if self._model.is_control(i)]
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self._model.encode(text)}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return self._model.decode([i for i in ids if i not in self.all_special_ids])
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -107,11 +138,14 @@ class TextStream:
         return self._show(len(self.text) if self.ended else len(self.text) - self._possible_end())
 
     def finish(self) -> str:
-        """The text that was held back, once no more tokens come."""
+        """The text that was held back, once no more tokens come; `text` is then that of all tokens decoded at once."""
         if not self.ended:
             known = self.tokenizer.decode(self._ids[self._settled : self._read])
             self._add(self.tokenizer.decode(self._ids[self._settled :])[len(known) :])
-        return self._show(len(self.text))
+        held_back = self._show(len(self.text))
+        if not self.ended:
+            self.text = self.tokenizer.decode(self._ids)  # differs where bytes make no characters
+        return held_back
 
     def _add(self, piece: str) -> None:
         searched_from = max(0, len(self.text) - max(map(len, self.end_strings), default=0))

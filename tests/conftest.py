@@ -31,12 +31,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def groups():
     """Process groups of one process, for tests in the test process."""
-    import torch
-
     from nemo_star.distributed import Layout, create_groups, initialize_alone
 
     initialize_alone()
-    return create_groups(Layout(tp=1, cp=1, dp=1, pp=1), torch.device("cpu"))
+    return create_groups(Layout(tp=1, cp=1, dp=1, pp=1), timeout_minutes=5)
 
 
 def pytest_collection_modifyitems(items):

@@ -78,6 +78,7 @@ def test_help_and_cfg_print_once_and_leave_nothing(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("Answer questions about long contexts") == 1
     shown = torchrun(2, GENERATE, "--cfg", "job", "checkpoint=c", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("checkpoint: c") == 1
     assert yaml.safe_load(shown.stdout)["attention"]["kind"] == "star"
     assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_whole_lines(tmp_path, tiny, victi
 def test_a_rank_that_raises_is_named_first(tmp_path):
     done = torchrun(2, ROOT / "tests/failing_rank.py", timeout=60)
     assert done.returncode != 0
-    assert done.stderr.index("rank 1 failed: RuntimeError: no more memory on this rank") >= 0
+    assert "rank 1 failed: RuntimeError: no more memory on this rank" in done.stderr
     assert "rank 0" not in done.stderr.partition("rank 1 failed")[0]
     assert "lost its connection" not in done.stderr
 

@@ -60,6 +60,8 @@ ERRORS = {
     "kernel": (["attention.kernel=flash"], "attention.kernel=flash does not run on cpu"),
     "anchor": (["attention.anchor_size=33"], "anchor_size=33 is larger than attention.block_size=32"),
     "end-strings": (["inference.end_strings=[x]"], "the checkpoint has no tokenizer"),
+    "same-file": (["output=out.jsonl", "output_logits=./out.jsonl"], "output and output_logits are the same file"),
+    "logits-device": (["output_logits=/dev/null", "overwrite=true"], "output_logits=/dev/null is no regular file"),
     "logits-twice": (["output_logits=l.safetensors"], "id 'q0' of line 2 is not the first"),
 }
 

@@ -1,9 +1,12 @@
 import json
 import os
+import re
+import threading
+from pathlib import Path
 
 import pytest
 
-from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, check_resumed
+from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, Resumed, read_resumed
 
 READER = RequestReader(vocab_size=100, tokenizer=None)
 
@@ -75,29 +78,60 @@ def test_output_is_written_line_by_line(tmp_path):
     assert json.loads(file.read_bytes().split(b"\n")[1])["id"] == "\ud800"
 
 
+def test_a_pipe_can_be_gone_through_twice_too(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(writer, b'{"id": 1}\n{"id": 2}\n')
+    reader = threading.Thread(target=lambda: found.append(InputFile(str(tmp_path / "pipe"))))
+    found = []
+    reader.start()
+    closer = os.open(tmp_path / "pipe", os.O_WRONLY)
+    os.close(writer)
+    os.close(closer)
+    reader.join(timeout=30)
+    assert list(found[0].ids()) == list(found[0].ids()) == [1, 2]
+
+
 def test_resuming_keeps_whole_lines_and_drops_a_torn_one(tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_text('{"id": 1}\n{"id": 2}\n{"id": 3, "te')
-    output = OutputFile(file, resume=True)
-    assert [answer["id"] for answer in output.done] == [1, 2]
-    output.write({"id": 3})
+    resumed = read_resumed(file, iter([1, 2, 3]))
+    assert [answer["id"] for answer in resumed.answers] == [1, 2]
+    assert file.read_text().endswith('"te')  # reading changes nothing
+    OutputFile(file, kept_bytes=resumed.kept_bytes).write({"id": 3})
     assert file.read_text() == '{"id": 1}\n{"id": 2}\n{"id": 3}\n'
 
 
 def test_resuming_what_is_not_there_starts_it(tmp_path):
-    assert OutputFile(tmp_path / "out.jsonl", resume=True).done == []
+    assert read_resumed(tmp_path / "out.jsonl", iter([1])) == Resumed([], 0)
 
 
-def test_output_of_another_input_is_refused(tmp_path):
-    check_resumed([{"id": 1}], iter([1, 2]))
-    with pytest.raises(ValueError, match="output line 2 has id 3, input line 2 has 2"):
-        check_resumed([{"id": 1}, {"id": 3}], iter([1, 2]))
-    with pytest.raises(ValueError, match="output holds 2 lines, the input only 1"):
-        check_resumed([{"id": 1}, {"id": 3}], iter([1]))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": 1}\n{"id": 3}\n', "line 2 has id 3, the input's has 2"),
+        ('{"id": 1}\n{"id": 2}\n{"id": 3}\n', "holds more than the 2 lines of the input"),
+        ("no json\n", "line 1 is no answer: not valid JSON"),
+        ("5\n", "line 1 is no answer: not a JSON object"),
+        ("my only notes", "holds no answers"),
+    ],
+)
+def test_what_is_no_beginning_of_this_output_is_refused_and_kept(tmp_path, content, message):
     file = tmp_path / "out.jsonl"
-    file.write_text("no json\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        OutputFile(file, resume=True)
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_resumed(file, iter([1, 2]))
+    assert file.read_text() == content
+
+
+def test_an_output_may_be_a_device():
+    OutputFile(Path("/dev/null")).write({"id": 1})
+
+
+def test_lines_hold_no_other_line_ends(tmp_path):
+    file = tmp_path / "out.jsonl"
+    OutputFile(file).write({"text": "a\u2028b"})
+    assert len(file.read_text().splitlines()) == 1
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +122,22 @@ def test_a_directory_without_tokenizer_files_has_none(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_template_that_changes_the_text_is_refused():
+    hugging = Hugging()
+    hugging.chat_template = "yes"
+    hugging.apply_chat_template = lambda *_, **__: "no content"
+    with pytest.raises(ValueError, match="does not give a user's message once and unchanged"):
+        Tokenizer(hugging).encode("a", "b", chat_template=True)
+
+
+def test_a_sentencepiece_model_alone_is_enough(tmp_path):
+    assets = Path(__file__).parent.parent / "assets" / "demo_model"
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(assets / name, tmp_path / name)
+    whole, alone = Tokenizer.load(assets), Tokenizer.load(tmp_path)
+    text = "One of the special magic numbers for easy-canyon is: 2138216. Ünïcode  too."
+    assert alone.encode(text, "What is it?") == whole.encode(text, "What is it?")
+    ids = whole.encode(text, "x")[0]
+    assert alone.decode(ids) == whole.decode(ids)

@@ -31,6 +31,9 @@ class AttentionState:
 
     cache: KVCache
     kernel: Kernel
+    """Computes in the model's type: prefill."""
+    decode_kernel: Kernel
+    """Computes in the cache's type."""
     cp_group: dist.ProcessGroup
     partition: Partition | None = None
     """How the context in prefill is dealt out; exact kinds exchange K/V or heads by it."""
@@ -79,5 +82,7 @@ class CoreAttention(nn.Module):
             state.cache.append(self.layer_number, k, v)
         cached = state.cache.get(self.layer_number)
         keys, values = cached if cached is not None else (k[:0], v[:0])
-        out, lse = state.kernel.decode(q.to(keys.dtype), keys, values, self.scale, causal=state.caches_new_tokens)
+        out, lse = state.decode_kernel.decode(
+            q.to(keys.dtype), keys, values, self.scale, causal=state.caches_new_tokens
+        )
         return merge_over_group(out, lse, state.cp_group).to(q.dtype)

@@ -42,7 +42,7 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
     Raises:
         ValueError: another architecture, missing, truncated, unknown or ill-shaped tensors; before anything is written.
     """
-    with HFReader(source) as reader, _new_directory(target) as working:
+    with HFReader(source) as reader:
         family = FAMILIES.get(reader.architecture)
         if family is None:
             raise ValueError(
@@ -50,25 +50,8 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
             )
         model: ModelConfig = family.model_config(reader.config())
         chunks = list(_chunks(reader, model, family, dtype))
-        with tqdm(total=len(chunks), desc="import", unit="tensor") as bar:
-            write_dist_checkpoint(working / WEIGHTS_FOLDER, chunks, on_written=lambda _: bar.update())
-        copy_companions(source, working / HF_FOLDER)
-        stored = _name(max((chunk.dtype for chunk in chunks), key=[chunk.dtype for chunk in chunks].count))
-        if dtype is not None:
-            _set_config_dtype(working / HF_FOLDER / "config.json", stored)
-        description = CheckpointDescription(
-            format_version=FORMAT_VERSION,
-            architecture=reader.architecture,
-            dtype=stored,
-            model=model,
-            weight_files={
-                file.name: file.stat().st_size
-                for file in sorted((working / WEIGHTS_FOLDER).iterdir())
-                if file.is_file()
-            },
-        )
-        write_description(working, description)
-    return description
+        with _new_directory(target) as working:
+            return _write(reader, model, chunks, working, changed=dtype is not None)
 
 
 def export_checkpoint(source: Path, target: Path) -> CheckpointDescription:
@@ -78,6 +61,29 @@ def export_checkpoint(source: Path, target: Path) -> CheckpointDescription:
         copy_companions(source / HF_FOLDER, working)
         tensors = _hf_tensors(source / WEIGHTS_FOLDER, description)
         write_safetensors(working, tqdm(tensors, desc="export", unit="tensor"), MAX_SHARD_BYTES)
+    return description
+
+
+def _write(
+    reader: HFReader, model: ModelConfig, chunks: list[Chunk], working: Path, *, changed: bool
+) -> CheckpointDescription:
+    """Fill the directory of a converted checkpoint; `changed` says that the source stores another type."""
+    with tqdm(total=len(chunks), desc="import", unit="tensor") as bar:
+        write_dist_checkpoint(working / WEIGHTS_FOLDER, chunks, on_written=lambda _: bar.update())
+    copy_companions(reader.directory, working / HF_FOLDER)
+    dtypes = [chunk.dtype for chunk in chunks]
+    stored = _name(max(dtypes, key=dtypes.count))
+    if changed:
+        _set_config_dtype(working / HF_FOLDER / "config.json", stored)
+    files = sorted(file for file in (working / WEIGHTS_FOLDER).iterdir() if file.is_file())
+    description = CheckpointDescription(
+        format_version=FORMAT_VERSION,
+        architecture=reader.architecture,
+        dtype=stored,
+        model=model,
+        weight_files={file.name: file.stat().st_size for file in files},
+    )
+    write_description(working, description)
     return description
 
 

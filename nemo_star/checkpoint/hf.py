@@ -88,8 +88,11 @@ class HFReader:
         """The configuration with transformers' defaults for what config.json leaves out."""
         try:
             return AutoConfig.for_model(**self.values)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.directory / 'config.json'} is not a valid model configuration: {error}") from error
+        except Exception as error:  # transformers checks values with exceptions of many kinds
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.directory / 'config.json'} is not a valid model configuration: {reason}"
+            ) from error
 
     def _read_values(self) -> dict[str, Any]:
         file = self.directory / "config.json"
@@ -106,7 +109,7 @@ class HFReader:
         if index.is_file():
             try:
                 return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} is damaged: {error!r}") from error
         if (self.directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
@@ -140,7 +143,10 @@ def write_safetensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], ma
     shards: list[list[str]] = []
     total = 0
     for names, shard in _shards(tensors, max_shard_bytes):
-        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        try:
+            save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for instance
+            raise OSError(f"cannot write to {directory}: {error}") from error
         shards.append(names)
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:

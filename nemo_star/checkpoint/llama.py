@@ -151,7 +151,7 @@ def model_config(hf: PretrainedConfig) -> ModelConfig:
         num_attention_heads=hf.num_attention_heads,
         num_query_groups=hf.num_key_value_heads or hf.num_attention_heads,
         ffn_hidden_size=hf.intermediate_size,
-        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // max(1, hf.num_attention_heads),
         vocab_size=hf.vocab_size,
         max_position_embeddings=hf.max_position_embeddings,
         layernorm_epsilon=float(hf.rms_norm_eps),

@@ -18,6 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -140,7 +141,11 @@ class DistCheckpointReader:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """One process is what is meant: torch need not warn of it."""
+    """One process is what is meant: torch need not warn of it, nor wrap what went wrong (in a BaseException)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _traceback = next(iter(error.failures.values()))
+            raise cause from None
