@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo_checkpoint
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test test-all check format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -43,6 +43,10 @@ check: $(STAMP)
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The slow ones, too: every recorded case at every layout.
+test-all: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,7 @@ def wait_for_a_line(job, output):
         assert job.poll() is None, job.stderr.read()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job_and_leaves_whole_lines(tmp_path, tiny, victim):
     row = {"context_ids": [i * i % 251 for i in range(6000)], "query_ids": [1, 2]}
     job = start(tmp_path, tiny, [{"id": number, **row} for number in range(200)])
@@ -55,12 +55,9 @@ def test_a_rank_that_raises_is_named_first(tmp_path):
     assert "lost its connection" not in done.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_layer_in_ones_own_model(processes):
-    """The example of the documentation, on its own and over two ranks."""
-    done = torchrun(processes, ROOT / "docs/own_model.py")
-    assert done.returncode == 0, done.stderr
-    tokens = done.stdout.split()
-    assert len(tokens) == 8
-    single = torchrun(1, ROOT / "docs/own_model.py") if processes > 1 else done
-    assert single.stdout.split() == tokens
+def test_the_layer_in_ones_own_model():
+    """The example of the documentation: the same tokens alone and over two ranks."""
+    alone, shared = (torchrun(processes, ROOT / "docs/own_model.py") for processes in (1, 2))
+    assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
+    assert len(alone.stdout.split()) == 8
+    assert alone.stdout == shared.stdout
