@@ -65,4 +65,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    dist.barrier()
     dist.destroy_process_group()

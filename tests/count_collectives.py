@@ -12,6 +12,7 @@ from nemo_star.checkpoint.description import read_description
 from nemo_star.config import GenerateConfig, parse
 from nemo_star.distributed import create_groups, initialize, plan_layout
 from nemo_star.generation import build_engine
+from nemo_star.launch import run_as_tool
 
 KINDS = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "isend", "irecv", "send", "recv")
 NAMES = [name for name in dir(dist) if name.startswith(KINDS) and callable(getattr(dist, name))]
@@ -51,7 +52,8 @@ def main(checkpoint, output):
     decode = count(groups.cp, lambda: list(engine.generate([1, 2, 3], tokens_to_generate=1, choose=choose)))
     if dist.get_rank() == 1:
         Path(output).write_text(json.dumps({"prefill": prefill, "decode": decode}))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_as_tool(lambda: main(*sys.argv[1:]))

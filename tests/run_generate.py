@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import generate
 
+from nemo_star.launch import run_as_tool
+
 
 def one(arguments):
     errors = io.StringIO()
@@ -22,8 +24,13 @@ def one(arguments):
     return {"code": code, "error": message, "stderr": errors.getvalue()}
 
 
-if __name__ == "__main__":
+def main():
     runs = Path(sys.argv[1])
     results = [one(arguments) for arguments in json.loads(runs.read_text())]
     if os.environ["RANK"] == "0":
         runs.with_name(runs.name + ".results").write_text(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_tool(main)
