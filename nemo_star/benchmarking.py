@@ -30,6 +30,7 @@ from nemo_star.memory import peak_memory_bytes, reset_peak_memory
 from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
 from nemo_star.pipeline import Stage
 from nemo_star.targets import check_target, write_whole
+from nemo_star.watchdog import Watchdog, watchdog_of_this_job
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,22 +53,32 @@ def run(config: BenchmarkConfig) -> int:
     if layout.dp > 1:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
-    initialize(config.parallel.timeout_minutes)
+    initialize()
+    with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
+        rows = _compare(config, layout, watchdog)
+    if dist.get_rank() == 0:
+        print(table(rows))
+    on_first_rank(lambda: _write(config.output, rows))
+    return 0
+
+
+def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[dict[str, Any]]:
+    """Rows of all kinds at all context lengths."""
     model = ModelConfig(
         **dataclasses.asdict(config.model),
         kv_channels=config.model.hidden_size // config.model.num_attention_heads,
         max_position_embeddings=max(config.context_tokens) + config.decode_tokens + 1,
     )
-    groups = create_groups(layout, config.parallel.timeout_minutes)
-    alone = create_groups(Layout(tp=1, cp=1, dp=environment_world_size(), pp=1), config.parallel.timeout_minutes)
+    groups = create_groups(layout)
+    alone = create_groups(Layout(tp=1, cp=1, dp=environment_world_size(), pp=1))
     contenders = [_contender(kind, config, model, (layout, groups), alone) for kind in config.compare]
+    for contender in contenders:
+        if contender.engine:
+            watchdog.follow(contender.engine.stage.model.decoder.layers)
     rows = []
     for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
         rows += _measure(contenders, tokens, config, model)
-    if dist.get_rank() == 0:
-        print(table(rows))
-    on_first_rank(lambda: _write(config.output, rows))
-    return 0
+    return rows
 
 
 def _contender(

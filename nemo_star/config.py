@@ -76,7 +76,7 @@ class ParallelConfig:
     decode: Literal["replicated"] | None = None
     """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided."""
     timeout_minutes: float = 30.0
-    """A collective that waits longer ends the job."""
+    """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):

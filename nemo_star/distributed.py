@@ -19,6 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo_star.config import ParallelConfig
 
 T = TypeVar("T")
+NO_LIMIT = timedelta(days=20)
+"""For collectives; the watchdog sets the limit. More would overflow where gloo counts milliseconds in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout
     return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
 
 
-def initialize(timeout_minutes: float) -> torch.device:
+def initialize() -> torch.device:
     """Join the default process group (once) and return this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -71,9 +73,8 @@ def initialize(timeout_minutes: float) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=NO_LIMIT)
         else:
             initialize_alone(backend)
     return device
@@ -111,18 +112,17 @@ class Groups:
         return self.collection.dp
 
 
-def create_groups(layout: Layout, timeout_minutes: float) -> Groups:
+def create_groups(layout: Layout) -> Groups:
     """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
     dimensions = ("pp", "dp", "cp", "tp")
     ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
-    timeout = timedelta(minutes=timeout_minutes)
 
     def group(*inside: str) -> dist.ProcessGroup:
         """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
         others = [dim for dim, name in enumerate(dimensions) if name not in inside]
         within = [dim for dim, name in enumerate(dimensions) if name in inside]
         members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
-        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT)
         return mine
 
     groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}

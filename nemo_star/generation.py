@@ -21,6 +21,7 @@ from nemo_star.checkpoint.load import load_weights
 from nemo_star.config import GenerateConfig
 from nemo_star.distributed import (
     Groups,
+    Layout,
     create_groups,
     gather_objects,
     initialize,
@@ -35,6 +36,7 @@ from nemo_star.memory import peak_memory_bytes
 from nemo_star.model import build_model, build_rotary, check_layout
 from nemo_star.pipeline import Stage
 from nemo_star.requests import Request
+from nemo_star.watchdog import Watchdog, watchdog_of_this_job
 
 
 def run(config: GenerateConfig) -> int:
@@ -44,16 +46,23 @@ def run(config: GenerateConfig) -> int:
         ValueError, OSError: a user's error, on all ranks alike.
     """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
-    device = initialize(config.parallel.timeout_minutes)
-    groups = create_groups(layout, config.parallel.timeout_minutes)
+    device = initialize()
+    with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
+        return _answer_all(config, layout, device, watchdog)
+
+
+def _answer_all(config: GenerateConfig, layout: Layout, device: torch.device, watchdog: Watchdog) -> int:
+    groups = create_groups(layout)
     description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
     check_layout(description.model, layout, config.attention.kind)
     desk = FrontDesk(config, description.model)
     on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
-    on_first_rank(desk.open)
+    on_first_rank(watchdog.patient(desk.open))
     engine = build_engine(config, description, groups, device)
+    watchdog.follow(engine.stage.model.decoder.layers)
     on_first_rank(lambda: desk.start(kernel=engine.state.kernel.name, dtype=engine.dtype, cp_size=layout.cp))
-    while (requests := on_first_rank(lambda: desk.next_batch(layout.dp))) is not None:
+    next_batch = watchdog.patient(lambda: desk.next_batch(layout.dp))
+    while (requests := on_first_rank(next_batch)) is not None:
         results = run_batch(engine, desk, requests)
         on_first_rank(functools.partial(desk.take, results))
     peaks = gather_objects(peak_memory_bytes(device))

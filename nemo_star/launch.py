@@ -14,7 +14,8 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_BAD_LINES = 3
 """JSONL: every line was answered, some with an `error` field."""
-_PEER_EXIT_SECONDS = 20
+PEER_EXIT_SECONDS = 20
+"""How long a rank with nothing to say waits to be ended by the launcher."""
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
@@ -52,7 +53,7 @@ def run_as_tool(main: Callable[[], int]) -> NoReturn:
         _leave_after_failure(error)
     rank = environment_rank()
     if rank > 0 and code != 0:
-        time.sleep(_PEER_EXIT_SECONDS)
+        time.sleep(PEER_EXIT_SECONDS)
         message = message and f"rank {rank}: {message}"
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -66,7 +67,7 @@ def _leave_after_failure(error: Exception) -> NoReturn:
     """
     rank = environment_rank()
     if any(sign in str(error) for sign in _LOST_PEER):
-        time.sleep(_PEER_EXIT_SECONDS)
+        time.sleep(PEER_EXIT_SECONDS)
         print(f"rank {rank}: lost its connection to another rank", file=sys.stderr, flush=True)
     else:
         report = "".join(traceback.format_exception(error))

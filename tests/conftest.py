@@ -34,7 +34,7 @@ def groups():
     from nemo_star.distributed import Layout, create_groups, initialize_alone
 
     initialize_alone()
-    return create_groups(Layout(tp=1, cp=1, dp=1, pp=1), timeout_minutes=5)
+    return create_groups(Layout(tp=1, cp=1, dp=1, pp=1))
 
 
 def pytest_collection_modifyitems(items):

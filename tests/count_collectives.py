@@ -43,8 +43,8 @@ def count(cp_group, work):
 def main(checkpoint, output):
     values = {"checkpoint": checkpoint, "context": "-", "query": "-", "attention": {"block_size": 32}}
     config = parse(GenerateConfig, values)
-    initialize(timeout_minutes=5)
-    groups = create_groups(plan_layout(config.parallel, kind="star", world_size=2), timeout_minutes=5)
+    initialize()
+    groups = create_groups(plan_layout(config.parallel, kind="star", world_size=2))
     engine = build_engine(config, read_description(Path(checkpoint)), groups, torch.device("cpu"))
     context = [i * i % 251 for i in range(100)]
     choose = lambda logits: (1, False)  # noqa: E731

@@ -55,6 +55,13 @@ def test_a_rank_that_raises_is_named_first(tmp_path):
     assert "lost its connection" not in done.stderr
 
 
+def test_a_hang_ends_the_job_and_says_where_each_rank_was(tmp_path):
+    done = torchrun(2, ROOT / "tests/hanging_rank.py", timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("no rank has made a step for 0.02 minutes (parallel.timeout_minutes)") == 1
+    assert "Last seen at: rank 0: the start; rank 1: layer 1 of its stage" in done.stderr
+
+
 def test_the_layer_in_ones_own_model():
     """The example of the documentation: the same tokens alone and over two ranks."""
     alone, shared = (torchrun(processes, ROOT / "docs/own_model.py") for processes in (1, 2))

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_star"
 ORDER = [
     {"config", "launch", "targets"},
-    {"cli", "distributed", "partition", "rotary", "memory"},
+    {"cli", "distributed", "partition", "rotary", "memory", "watchdog"},
     {"attention.merge"},
     {"attention.kernels", "cache"},
     {"attention.anchor"},
