@@ -59,7 +59,10 @@ class Stage:
 
     def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
-        self._send_on(self._layers(input_ids, position_ids))
+        if input_ids.numel():
+            self._send_on(self._layers(input_ids, position_ids))
+        else:
+            self._attend_without_tokens()
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
         """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
@@ -89,6 +92,20 @@ class Stage:
             self.model.set_input_tensor(self._receive(input_ids.numel()))
         return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
 
+    def _attend_without_tokens(self) -> None:
+        """Take part in the attention of other ranks: a short context leaves nothing for this one.
+
+        Megatron's layers cannot run on no tokens, but K/V of others may travel through this rank.
+        """
+        shape = self.kv_shape
+        heads = self.model.config.num_attention_heads // self.model.tp_group.size()
+        q, k, v = (
+            torch.empty(0, shape.batch, count, shape.channels, dtype=shape.dtype, device=shape.device)
+            for count in (heads, shape.groups, shape.groups)
+        )
+        for layer in self.model.decoder.layers:
+            layer.self_attention.core_attention(q, k, v)
+
     def _head(self, hidden: Tensor) -> Tensor:
         """hidden [1, b, h] -> logits [vocab] float32; those of all positions of a 128K block would be 34 GB."""
         tied = self.model.share_embeddings_and_output_weights
@@ -101,13 +118,12 @@ class Stage:
     def _receive(self, tokens: int) -> Tensor:
         """[s, b, h] from the stage before, whose token ids are known here too."""
         hidden = torch.empty(tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
-        if tokens:
-            dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
+        dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
         return hidden
 
     def _send_on(self, hidden: Tensor) -> None:
         """Send [s, b, h] to the next stage, and go on: at most one send is under way."""
-        if self.is_last or not hidden.shape[0]:
+        if self.is_last:
             return
         if self._sending is not None:
             self._sending[0].wait()
