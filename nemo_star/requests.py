@@ -166,6 +166,7 @@ class OutputFile:
     """
 
     def __init__(self, path: Path | None, *, kept_bytes: int = 0) -> None:
+        self._name = "standard output" if path is None else str(path)
         self._descriptor = 1
         self._regular = False
         if path is None:
@@ -183,10 +184,10 @@ class OutputFile:
         try:
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
-        except OSError:
+        except OSError as error:
             if self._regular:
                 os.ftruncate(self._descriptor, end)
-            raise
+            raise OSError(error.errno, error.strerror, self._name) from error
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Watchdog:
         self._store.set(f"place/{rank}", self._place)
         if self._store.add("speakers", 1) == 1:
             time.sleep(_GATHER_SECONDS)
-            print(f"error: {self.report()}", file=sys.stderr, flush=True)
+            print(f"\nerror: {self.report()}", file=sys.stderr, flush=True)
         else:
             time.sleep(PEER_EXIT_SECONDS)
         leave(EXIT_ERROR)
