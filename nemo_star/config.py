@@ -73,8 +73,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int | None = None
     """None: all ranks that tp and pp leave over (for dense attention: 1)."""
-    decode: Literal["replicated"] | None = None
-    """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided."""
+    decode: Literal["replicated", "sharded"] | None = None
+    """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
+    on each. None: `sharded` where an estimate says that it pays."""
     timeout_minutes: float = 30.0
     """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
 

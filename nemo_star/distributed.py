@@ -91,7 +91,8 @@ class Groups:
     """The process groups of one rank."""
 
     collection: ProcessGroupCollection
-    """Megatron's: tp, cp, pp, dp, dp_cp; goes through the constructors of its modules."""
+    """Megatron's: tp, cp, pp, dp, tp_cp, dp_cp; goes through the constructors of its modules."""
+    layout: Layout
     replica: dist.ProcessGroup
     """The ranks that answer one request together: tp, cp and pp."""
 
@@ -126,17 +127,19 @@ def create_groups(layout: Layout) -> Groups:
         return mine
 
     groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
-    dp_cp = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
-    return Groups(ProcessGroupCollection(**groups, dp_cp=dp_cp, embd=None, pos_embd=None), group("pp", "cp", "tp"))
+    groups["tp_cp"] = group("cp", "tp")
+    groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
+    return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
 
 
 def groups_from_parallel_state() -> Groups:
     """The groups of a program that has called Megatron's `parallel_state.initialize_model_parallel` itself."""
-    collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "dp_cp", "embd"])
+    collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "tp_cp", "dp_cp", "embd"])
     replicas = gather_objects(collection.dp.rank())
     enumeration = [[r for r, d in enumerate(replicas) if d == replica] for replica in sorted(set(replicas))]
     replica, _ = dist.new_subgroups_by_enumeration(enumeration)
-    return Groups(collection, replica)
+    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
+    return Groups(collection, Layout(*sizes), replica)
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

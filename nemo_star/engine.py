@@ -57,6 +57,12 @@ class Engine:
         self._kv_tokens: list[int] = []  # by cp rank; grows as new tokens are dealt out
         self._prefilled = 0, 0.0  # tokens cached here by the last prefill, and its seconds on this rank
 
+    def describe(self) -> str:
+        """How it computes, for a person."""
+        decode = "replicated" if self.state.decode_group is None else "sharded"
+        over = f", decode {decode}" if self.groups.cp.size() > 1 else ""
+        return f"kernel {self.state.kernel.name}, {str(self.dtype).removeprefix('torch.')}{over}"
+
     def partition(self, context_tokens: int) -> Partition:
         """How a context of this length is cut and dealt out."""
         block_size, anchor_size = self.attention.sizes(context_tokens)

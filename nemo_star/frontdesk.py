@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -100,10 +99,10 @@ class FrontDesk:
 
     # While requests run
 
-    def start(self, *, kernel: str, dtype: torch.dtype, cp_size: int) -> None:
+    def start(self, runs_as: str, *, cp_size: int) -> None:
         """The weights are loaded: outputs may be touched."""
         config = self.config
-        self._runs_as = f"kernel {kernel}, {str(dtype).removeprefix('torch.')}"
+        self._runs_as = runs_as
         self._cp_size = cp_size
         if config.output_logits:
             Path(config.output_logits).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from nemo_star.cache import KVCache
 from nemo_star.checkpoint.description import CheckpointDescription, read_description
 from nemo_star.checkpoint.load import load_weights
 from nemo_star.config import GenerateConfig
+from nemo_star.decode_sharding import install, is_sharded
 from nemo_star.distributed import (
     Groups,
     Layout,
@@ -60,7 +61,7 @@ def _answer_all(config: GenerateConfig, layout: Layout, device: torch.device, wa
     on_first_rank(watchdog.patient(desk.open))
     engine = build_engine(config, description, groups, device)
     watchdog.follow(engine.stage.model.decoder.layers)
-    on_first_rank(lambda: desk.start(kernel=engine.state.kernel.name, dtype=engine.dtype, cp_size=layout.cp))
+    on_first_rank(lambda: desk.start(engine.describe(), cp_size=layout.cp))
     next_batch = watchdog.patient(lambda: desk.next_batch(layout.dp))
     while (requests := on_first_rank(next_batch)) is not None:
         results = run_batch(engine, desk, requests)
@@ -76,16 +77,19 @@ def build_engine(
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
     kind = config.attention.kind
+    sharded = is_sharded(config.parallel.decode, description.model, groups.layout, dtype, device)
     state = AttentionState(
         cache=KVCache(cache_dtype),
         kernel=get_kernel(config.attention.kernel, device, dtype),
         decode_kernel=get_kernel(config.attention.kernel, device, cache_dtype),
         cp_group=groups.cp,
+        decode_group=groups.collection.tp_cp if sharded else None,
     )
     model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)))
+    install(model, state)
     rotary = build_rotary(description.model, device)
-    stage = Stage(model, rotary, groups.pp, description.model.vocab_size)
+    stage = Stage(model, rotary, groups.pp, description.model.vocab_size, decode_group=state.decode_group)
     return Engine(stage, state, groups, config.attention)
 
 

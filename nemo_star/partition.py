@@ -59,7 +59,7 @@ def star_partition(context_tokens: int, block_size: int, anchor_size: int, cp_si
         Block(index, ((start, min(start + block_size, context_tokens)),), anchor_size if index else 0)
         for index, start in enumerate(range(0, context_tokens, block_size))
     ]
-    bounds = _bounds(len(blocks), cp_size)
+    bounds = shares(len(blocks), cp_size)
     return Partition(
         context_tokens, block_size, anchor_size, tuple(tuple(blocks[start:stop]) for start, stop in bounds)
     )
@@ -70,14 +70,14 @@ def ring_partition(context_tokens: int, block_size: int, anchor_size: int, cp_si
 
     Pieces differ by at most one token and may be empty: nothing is padded.
     """
-    pieces = _bounds(context_tokens, 2 * cp_size)
+    pieces = shares(context_tokens, 2 * cp_size)
     ranks = tuple((Block(rank, (pieces[rank], pieces[-1 - rank])),) for rank in range(cp_size))
     return Partition(context_tokens, block_size, anchor_size, ranks)
 
 
 def contiguous_partition(context_tokens: int, block_size: int, anchor_size: int, cp_size: int) -> Partition:
     """One contiguous piece a rank, differing by at most one token: dense attention (one rank) and Ulysses."""
-    pieces = _bounds(context_tokens, cp_size)
+    pieces = shares(context_tokens, cp_size)
     ranks = tuple((Block(rank, (piece,)),) for rank, piece in enumerate(pieces))
     return Partition(context_tokens, block_size, anchor_size, ranks)
 
@@ -91,7 +91,7 @@ PARTITIONS: dict[str, Callable[[int, int, int, int], Partition]] = {
 """Attention kind -> (context tokens, block size, anchor size, cp size) -> partition."""
 
 
-def _bounds(total: int, parts: int) -> list[Piece]:
+def shares(total: int, parts: int) -> list[Piece]:
     """`total` things in `parts` contiguous runs, the first ones one longer."""
     share, extra = divmod(total, parts)
     starts = [part * share + min(part, extra) for part in range(parts + 1)]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.nn import functional as F
 
 from nemo_star.attention import KVShape
 from nemo_star.distributed import all_gather
@@ -24,15 +25,23 @@ class Stage:
     Args:
         rotary: angles for the layers.
         vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
+        decode_group: tp x cp, tp fastest, whose ranks divide the head; None: each cp rank computes all of it.
     """
 
     def __init__(
-        self, model: GPTModel, rotary: PositionRotaryEmbedding, pp_group: dist.ProcessGroup, vocab_size: int
+        self,
+        model: GPTModel,
+        rotary: PositionRotaryEmbedding,
+        pp_group: dist.ProcessGroup,
+        vocab_size: int,
+        *,
+        decode_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.rotary = rotary
         self.group = pp_group
         self.vocab_size = vocab_size
+        self.decode_group = decode_group
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self._sending: tuple[dist.Work, Tensor] | None = None
@@ -110,10 +119,26 @@ class Stage:
         """hidden [1, b, h] -> logits [vocab] float32; those of all positions of a 128K block would be 34 GB."""
         tied = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if tied else None
+        if self.decode_group is not None:
+            return self._divided_head(hidden, self.model.output_layer.weight if weight is None else weight)
         logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten()  # [vocab / tp]
         if self.model.tp_group.size() > 1:
             logits = all_gather(logits, self.model.tp_group).flatten()
         return logits[: self.vocab_size]
+
+    def _divided_head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The same from weight [vocab / tp, h] by rows: each cp rank the next ceil(rows / cp), the last ones fewer."""
+        assert self.decode_group is not None
+        tp_size = self.model.tp_group.size()
+        cp_size = self.decode_group.size() // tp_size
+        rows = weight.shape[0]
+        share = -(-rows // cp_size)
+        start = min(self.decode_group.rank() // tp_size * share, rows)
+        logits = hidden.new_zeros(share, dtype=torch.float32)
+        mine = weight[start : start + share]
+        logits[: mine.shape[0]] = F.linear(hidden, mine).flatten()
+        by_tp = all_gather(logits, self.decode_group).view(cp_size, tp_size, share).transpose(0, 1)
+        return by_tp.reshape(tp_size, -1)[:, :rows].flatten()[: self.vocab_size]
 
     def _receive(self, tokens: int) -> Tensor:
         """[s, b, h] from the stage before, whose token ids are known here too."""

@@ -18,14 +18,14 @@ KINDS = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "isend",
 NAMES = [name for name in dir(dist) if name.startswith(KINDS) and callable(getattr(dist, name))]
 
 
-def count(cp_group, work):
-    """Names and numbers of the functions of torch.distributed that `work` calls on the cp group."""
+def count(groups, work):
+    """Names and numbers of the functions of torch.distributed that `work` calls on one of the groups."""
     seen = collections.Counter()
     originals = {name: getattr(dist, name) for name in NAMES}
 
     def wrapped(name):
         def call(*args, **kwargs):
-            seen[name] += cp_group in (*args, *kwargs.values())
+            seen[name] += any(group is value for group in groups for value in (*args, *kwargs.values()))
             return originals[name](*args, **kwargs)
 
         return call
@@ -41,18 +41,24 @@ def count(cp_group, work):
 
 
 def main(checkpoint, output):
-    values = {"checkpoint": checkpoint, "context": "-", "query": "-", "attention": {"block_size": 32}}
-    config = parse(GenerateConfig, values)
     initialize()
+    counts = {decode: count_phases(checkpoint, decode) for decode in ("replicated", "sharded")}
+    if dist.get_rank() == 1:
+        Path(output).write_text(json.dumps(counts))
+    return 0
+
+
+def count_phases(checkpoint, decode):
+    sizes = {"attention": {"block_size": 32}, "parallel": {"decode": decode}}
+    config = parse(GenerateConfig, {"checkpoint": checkpoint, "context": "-", "query": "-", **sizes})
     groups = create_groups(plan_layout(config.parallel, kind="star", world_size=2))
+    over_cp = (groups.cp, groups.collection.tp_cp)
     engine = build_engine(config, read_description(Path(checkpoint)), groups, torch.device("cpu"))
     context = [i * i % 251 for i in range(100)]
     choose = lambda logits: (1, False)  # noqa: E731
-    prefill = count(groups.cp, lambda: engine.encode_context(context, new_tokens=10))
-    decode = count(groups.cp, lambda: list(engine.generate([1, 2, 3], tokens_to_generate=1, choose=choose)))
-    if dist.get_rank() == 1:
-        Path(output).write_text(json.dumps({"prefill": prefill, "decode": decode}))
-    return 0
+    prefill = count(over_cp, lambda: engine.encode_context(context, new_tokens=10))
+    steps = count(over_cp, lambda: list(engine.generate([1, 2, 3], tokens_to_generate=1, choose=choose)))
+    return {"prefill": prefill, "decode": steps}
 
 
 if __name__ == "__main__":

@@ -89,6 +89,10 @@ def plan(processes, everything):
             few = [case for case in STAR if case["id"] in FEW and case not in own] if anchor == "shared" else []
             cases = STAR if everything or layout == (1, 1, 1) else own + few
             runs += [(name(case, layout, anchor), settings(case, layout, anchor=anchor), case) for case in cases]
+        if cp > 1:
+            cases = [case for case in STAR if everything or case["id"] in FEW]
+            sharded = ["parallel.decode=sharded"]
+            runs += [(name(case, layout, "sharded"), settings(case, layout) + sharded, case) for case in cases]
         exact = RING if everything else RING[-2:]
         runs += [(name(case, layout, "ring"), settings(case, layout), case) for case in exact]
         if layout[0] * cp <= 2:  # two KV heads

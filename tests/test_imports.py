@@ -18,7 +18,7 @@ ORDER = [
     {"attention.star", "attention.dense", "attention.ring", "attention.ulysses"},
     {"attention"},
     {"model"},
-    {"checkpoint"},
+    {"checkpoint", "decode_sharding"},
     {"pipeline", "sampling", "tokenizer"},
     {"requests"},
     {"engine"},

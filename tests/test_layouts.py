@@ -22,11 +22,13 @@ EXACT = {
     "ring": ("ring", 1, 1, 4),
     "ring-pp": ("ring", 1, 2, 2),
     "ring-tp": ("ring", 2, 1, 2),
+    "ring-sharded": ("ring", 1, 1, 4),
+    "ring-tp-sharded": ("ring", 2, 1, 2),
     "ulysses": ("ulysses", 1, 1, 4),
     "ulysses-pp": ("ulysses", 1, 2, 2),
     "ulysses-tp": ("ulysses", 2, 1, 2),
 }
-"""Name -> (attention, tp, pp, cp) on four ranks; what remains is data parallel."""
+"""Name -> (attention, tp, pp, cp) on four ranks; what remains is data parallel. `sharded` is said of decode."""
 MANY = [
     {"id": f"q{i}", "context_ids": [(i + 7 * j * j) % VOCAB for j in range(20 + 9 * i)], "query_ids": [i, 2, 3]}
     for i in range(20)
@@ -73,6 +75,8 @@ def answers(models, tmp_path_factory):
         paths = [f"checkpoint={checkpoint}", f"inference.tokens_to_generate={TOKENS}", "inference.ignore_eos=true"]
         for name, (kind, *sizes) in EXACT.items():
             runs[name, model] = [*paths, f"input={rows}", f"attention={kind}", *parallel(*sizes)]
+            if name.endswith("sharded"):
+                runs[name, model].append("parallel.decode=sharded")
     for name, pp in (("dp1", 2), ("dp2", 1)):
         for choice in ("greedy", "sampled"):
             star = ["attention.block_size=32", f"inference={choice}", *parallel(1, pp, 2)]

@@ -41,6 +41,8 @@ class AttentionState:
     """Star with `anchor=shared`: the anchor's K/V while the context is in prefill."""
     block: Block | None = None
     """The block that prefill is encoding; None means decode."""
+    decode_group: dist.ProcessGroup | None = None
+    """tp x cp, whose ranks share the work of a token (`decode_sharding.py`); None: every cp rank does all of it."""
     caches_new_tokens: bool = True
     """Decode: K/V of the tokens in flight are cached on this rank (on exactly one rank of the cp group)."""
 
