@@ -48,6 +48,10 @@ class KVCache:
         for layer in self._layers.values():
             layer.tokens = 0
 
+    def release(self) -> None:
+        """Forget everything, and give the memory back."""
+        self._layers = {}
+
     def append(self, layer_number: int, k: Tensor, v: Tensor) -> None:
         """Copy k, v [tokens, b, ng, hn] behind what the layer holds."""
         layer = self._layers.get(layer_number)

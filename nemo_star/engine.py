@@ -55,6 +55,8 @@ class Engine:
         self.attention = attention
         self.device, self.dtype = stage.device, stage.dtype
         self._kv_tokens: list[int] = []  # by cp rank; grows as new tokens are dealt out
+        self.anchor_wait_seconds = 0.0
+        """Of the last prefill, spent on waiting for the shared anchor's K/V (CPU; a GPU waits in its own queue)."""
         self._prefilled = 0, 0.0  # tokens cached here by the last prefill, and its seconds on this rank
 
     def describe(self) -> str:
@@ -80,6 +82,7 @@ class Engine:
             on_block: called after each of this rank's blocks.
         """
         started = time.perf_counter()
+        self.anchor_wait_seconds = 0.0
         partition = self.partition(len(context_ids))
         ids = torch.tensor(context_ids, device=self.device)
         cp_rank = self.groups.cp.rank()
@@ -91,8 +94,9 @@ class Engine:
             on_block()
         if anchor is not None:
             anchor.finish()
+            self.anchor_wait_seconds = anchor.waited_seconds
         self.state.partition = self.state.anchor = None
-        self._synchronize()
+        self.synchronize()
         self._kv_tokens = [partition.tokens_of(rank) for rank in range(len(partition.ranks))]
         self._prefilled = self.state.cache.tokens, time.perf_counter() - started
 
@@ -167,6 +171,7 @@ class Engine:
         token, ended = choice.tolist()
         return token, bool(ended)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

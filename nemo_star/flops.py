@@ -1,8 +1,9 @@
-"""Floating point operations of a prefill, counted from the partition: multiply and add are two."""
+"""What prefill computes and decode reads, counted: multiply and add are two operations."""
 
 from __future__ import annotations
 
 from nemo_star.config import AttentionConfig
+from nemo_star.distributed import Layout
 from nemo_star.model import ModelConfig
 from nemo_star.partition import Block, Partition
 
@@ -17,6 +18,22 @@ def prefill_flops(model: ModelConfig, partition: Partition, attention: Attention
         pairs = _local_pairs(block, recomputed) if attention.kind == "star" else _global_pairs(block)
         total += 2 * (recomputed + block.tokens) * weights + 4 * query * pairs
     return total * model.num_layers
+
+
+def decode_weight_bytes(model: ModelConfig, layout: Layout, *, sharded: bool, itemsize: int) -> int:
+    """Bytes of weights that one rank reads for one token, without the head (stages taken as equal).
+
+    Args:
+        sharded: the FFN divided over cp, too (the output projection where tp > 1, as `decode_sharding` does).
+    """
+    query, kv = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
+    whole, divided = query + 2 * kv, 3 * model.ffn_hidden_size
+    if layout.tp > 1:
+        divided += query
+    else:
+        whole += query
+    rows = whole + divided / (layout.cp if sharded else 1)
+    return int(rows * model.hidden_size * itemsize * model.num_layers / (layout.tp * layout.pp))
 
 
 def _local_pairs(block: Block, recomputed: int) -> int:

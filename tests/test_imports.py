@@ -26,7 +26,9 @@ ORDER = [
     {"frontdesk"},
     {"generation"},
     {"flops"},
-    {"evaluation", "benchmarking"},
+    {"evaluation", "benchmarking.machine", "benchmarking.probe", "benchmarking.hugging_face", "benchmarking.report"},
+    {"benchmarking.contenders"},
+    {"benchmarking"},
 ]
 """Rooms of the way, first to last; a package's name stands for its modules that are not named themselves."""
 

@@ -1,7 +1,7 @@
 """Compare kinds of attention on random weights: prefill, decode, memory.
 
     torchrun --nproc-per-node N tools/benchmark.py [compare=[star:shared,star:recompute,ring,ulysses,dense]] \\
-        [context_tokens=[4096,16384]] [model.num_layers=8 ...] [attention.block_size=2048] [output=FILE.json]
+        [context_tokens=[4096,16384]] [model.num_layers=8 ...] [attention.block_size=2048] [output=FILE.json] [plot=DIR]
 """
 
 import sys
@@ -13,10 +13,10 @@ from nemo_star.launch import run_as_tool
 
 
 def main(arguments: Sequence[str]) -> int:
-    config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output",))
+    config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output", "plot"))
     if config is None:
         return 0
-    from nemo_star.benchmarking import run  # only now: importing Megatron takes seconds
+    from nemo_star.benchmarking.run import run  # only now: importing Megatron takes seconds
 
     return run(config)
 

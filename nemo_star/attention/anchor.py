@@ -8,6 +8,7 @@ takes part in each, in the order of the layers.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ class SharedAnchor:
         self, group: dist.ProcessGroup, shape: KVShape, *, tokens: int, layer_numbers: list[int], blocks_left: int
     ) -> None:
         self.tokens = tokens
+        self.waited_seconds = 0.0
         self._group = group
         self._shape = shape
         self._layers = layer_numbers
@@ -77,7 +79,9 @@ class SharedAnchor:
         work = self._works.pop(layer_number, None)
         if work is None:
             return
+        started = time.perf_counter()
         work.wait()
+        self.waited_seconds += time.perf_counter() - started
         if self._group.rank() > 0:
             self._expect(self._layers.index(layer_number) + 1)
 

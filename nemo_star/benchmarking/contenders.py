@@ -1,0 +1,222 @@
+"""What is compared: kinds of attention in our engine, and transformers' own generation, on the same random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nemo_star.attention import AttentionState
+from nemo_star.attention.kernels import get_kernel
+from nemo_star.benchmarking.probe import time_cache_reads
+from nemo_star.cache import KVCache
+from nemo_star.config import AttentionConfig, BenchmarkConfig, KindToCompare
+from nemo_star.decode_sharding import install, is_sharded
+from nemo_star.distributed import Groups, Layout
+from nemo_star.engine import Engine
+from nemo_star.flops import decode_weight_bytes, prefill_flops
+from nemo_star.memory import peak_memory_bytes, reset_peak_memory
+from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
+from nemo_star.partition import PARTITIONS
+from nemo_star.pipeline import Stage
+
+QUERY = [1]
+ALONE = Layout(tp=1, cp=1, dp=1, pp=1)
+
+Weights = dict[str, torch.Tensor]
+"""Parameters by name, of one rank's part of the model."""
+
+
+class Contender(Protocol):
+    """One kind to measure, on every rank; a rank that does not take part gives no sample."""
+
+    kind: KindToCompare
+    attention: AttentionConfig
+    layout: Layout
+    dtype: torch.dtype
+    sharded: bool
+
+    def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
+        """Times and sizes of one prefill and decode on this rank."""
+
+
+@dataclasses.dataclass
+class OnEngine:
+    """A kind of attention in our engine."""
+
+    kind: KindToCompare
+    attention: AttentionConfig
+    layout: Layout
+    dtype: torch.dtype
+    sharded: bool
+    engine: Engine | None
+    """None on a rank that only waits (dense runs on rank 0)."""
+
+    def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
+        engine = self.engine
+        if engine is None:
+            return None
+        cache = engine.state.cache
+        with all_cores(self.layout == ALONE and engine.device.type == "cpu"):
+            reset_peak_memory(engine.device)
+            engine.encode_context(context, new_tokens=decode_tokens + 1)
+            prefill = engine.prefill_report()
+            kv_bytes = cache.bytes_per_token * cache.tokens
+            marks = []
+            for _ in engine.generate(
+                QUERY, tokens_to_generate=decode_tokens + 1, choose=lambda logits: (int(logits.argmax()), False)
+            ):
+                marks.append(time.perf_counter())
+            peak = peak_memory_bytes(engine.device)
+            reads = time_cache_reads(engine)
+        cache.release()
+        return {
+            "prefill_seconds": prefill.seconds,
+            "decode_seconds_per_token": median_step(marks),
+            "kv_bytes_per_rank": kv_bytes,
+            "peak_memory_bytes": peak,
+            "anchor_wait_seconds": engine.anchor_wait_seconds,
+            **reads,
+        }
+
+
+@dataclasses.dataclass
+class OnTransformers:
+    """Hugging Face's `generate` on rank 0 with all cores, from a copy of the weights made for each sample."""
+
+    kind: KindToCompare
+    attention: AttentionConfig
+    layout: Layout
+    dtype: torch.dtype
+    sharded: bool
+    model: ModelConfig
+    weights: Weights | None
+    """Whole, or None on a rank that only waits."""
+
+    def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
+        if self.weights is None:
+            return None
+        from nemo_star.benchmarking.hugging_face import build_llama, timed_generation
+
+        llama = build_llama(self.model, self.weights)
+        with all_cores(llama.device.type == "cpu"):
+            reset_peak_memory(llama.device)
+            started = time.perf_counter()
+            _, marks, kv_bytes = timed_generation(llama, context + QUERY, decode_tokens + 1)
+            peak = peak_memory_bytes(llama.device)
+        del llama
+        gc.collect()
+        return {
+            "prefill_seconds": marks[0] - started,  # with the query's one token: generate knows no context
+            "decode_seconds_per_token": median_step(marks),
+            "kv_bytes_per_rank": kv_bytes,
+            "peak_memory_bytes": peak,
+        }
+
+
+def build_contenders(
+    config: BenchmarkConfig, model: ModelConfig, shared: tuple[Layout, Groups], alone: Groups
+) -> list[Contender]:
+    """All kinds of `config.compare`; those of one layout share their weights.
+
+    Args:
+        shared: layout and groups of the kinds that run on all ranks.
+        alone: groups in which each rank is by itself, for what runs on rank 0.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    drawn: dict[Layout, Weights] = {}
+    contenders: list[Contender] = []
+    for kind in config.kinds:
+        single = kind.attention in ("dense", "transformers")
+        place = (ALONE, alone) if single else shared
+        layout = place[0]
+        name = "dense" if single else kind.attention
+        changes: dict[str, Any] = {"kind": name, "anchor": kind.anchor or config.attention.anchor}
+        attention = dataclasses.replace(config.attention, **changes)
+        check_layout(model, layout, name)
+        sharded = is_sharded(kind.decode or config.parallel.decode, model, layout, dtype, device)
+        engine = None
+        if not single or dist.get_rank() == 0:
+            engine = _engine(attention, model, place, sharded=sharded, dtype=dtype, device=device, drawn=drawn)
+        facts = (kind, attention, layout, dtype, sharded)
+        if kind.attention == "transformers":
+            contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
+        else:
+            contenders.append(OnEngine(*facts, engine))
+    return contenders
+
+
+def _engine(
+    attention: AttentionConfig,
+    model: ModelConfig,
+    place: tuple[Layout, Groups],
+    *,
+    sharded: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    drawn: dict[Layout, Weights],
+) -> Engine:
+    """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
+    layout, groups = place
+    kernel = get_kernel(attention.kernel, device, dtype)
+    decode_group = groups.collection.tp_cp if sharded else None
+    state = AttentionState(KVCache(dtype), kernel, kernel, groups.cp, decode_group=decode_group)
+    built = build_model(model, kind=attention.kind, state=state, groups=groups.collection, dtype=dtype, device=device)
+    parts = dataclasses.replace(layout, cp=1)
+    if parts not in drawn:
+        _draw(built)
+        drawn[parts] = {name: weight.data for name, weight in built.named_parameters()}
+    for name, weight in built.named_parameters():
+        weight.data = drawn[parts][name]
+    install(built, state)
+    stage = Stage(built, build_rotary(model, device), groups.pp, model.vocab_size, decode_group=decode_group)
+    return Engine(stage, state, groups, attention)
+
+
+def _draw(built: torch.nn.Module) -> None:
+    """Random weights of a usual size, norms near one; the same on every run."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in built.parameters():
+        values = torch.randn(weight.shape, generator=generator) * 0.02 + (1.0 if weight.dim() == 1 else 0.0)
+        weight.data.copy_(values)
+
+
+def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, Any]:
+    """What a row tells that is counted, not measured."""
+    attention, layout = contender.attention, contender.layout
+    block_size, anchor_size = attention.sizes(tokens)
+    partition = PARTITIONS[attention.kind](tokens, block_size, anchor_size, layout.cp)
+    return {
+        "block_size": block_size,
+        "anchor_size": anchor_size,
+        "prefill_flops": prefill_flops(model, partition, attention),
+        "decode_weight_bytes": decode_weight_bytes(
+            model, layout, sharded=contender.sharded, itemsize=contender.dtype.itemsize
+        ),
+    }
+
+
+def median_step(marks: list[float]) -> float:
+    return statistics.median(after - before for before, after in itertools.pairwise(marks))
+
+
+@contextmanager
+def all_cores(wanted: bool) -> Iterator[None]:
+    """Let torch use every core for a while: what runs on one rank has the machine to itself."""
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,51 @@
+"""How near decode attention comes to reading the cache once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from nemo_star.engine import Engine
+
+ROUNDS = 5
+
+
+def time_cache_reads(engine: Engine) -> dict[str, float]:
+    """Seconds that one token's attention takes over all cached K/V of this rank, without exchange, and seconds that
+    reading the same bytes takes (a sum); all ranks at the same time, so that they share the memory as in decode."""
+    state, stage = engine.state, engine.stage
+    shape = stage.kv_shape
+    heads = stage.model.config.num_attention_heads // stage.model.tp_group.size()
+    layers = [kv for number in stage.layer_numbers if (kv := state.cache.get(number)) is not None]
+    if not layers:
+        return {"decode_attention_seconds": 0.0, "kv_read_seconds": 0.0}
+    q = torch.randn(1, shape.batch, heads, shape.channels, device=shape.device).to(layers[0][0].dtype)
+    scale = shape.channels**-0.5
+
+    def attend() -> None:
+        for k, v in layers:
+            state.decode_kernel.decode(q, k, v, scale, causal=False)
+
+    def read() -> None:
+        for k, v in layers:
+            k.sum(), v.sum()
+
+    return {"decode_attention_seconds": _median(attend, engine), "kv_read_seconds": _median(read, engine)}
+
+
+@torch.inference_mode()
+def _median(work: Callable[[], None], engine: Engine) -> float:
+    seconds = []
+    for turn in range(ROUNDS + 1):
+        dist.barrier(engine.groups.replica)
+        engine.synchronize()
+        started = time.perf_counter()
+        work()
+        engine.synchronize()
+        if turn:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

@@ -1,0 +1,108 @@
+"""`tools/benchmark.py`: kinds of attention on the same random weights, in turn in one process, so that ratios hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_contenders, counted
+from nemo_star.benchmarking.machine import commit, machine
+from nemo_star.benchmarking.report import check_plots, draw, table
+from nemo_star.config import BenchmarkConfig
+from nemo_star.distributed import Layout, create_groups, gather_objects, initialize, on_first_rank, plan_layout
+from nemo_star.launch import environment_world_size
+from nemo_star.model import ModelConfig
+from nemo_star.targets import check_target, write_whole
+from nemo_star.watchdog import Watchdog, watchdog_of_this_job
+
+
+def run(config: BenchmarkConfig) -> int:
+    """Measure all kinds at all context lengths; print the table, write the rows, draw the plots."""
+    on_all = dataclasses.replace(config.attention, kind="star")
+    layout = plan_layout(config.parallel, kind=on_all.kind, world_size=environment_world_size())
+    if layout.dp > 1:
+        raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
+    check_target("output", config.output, replace=config.overwrite)
+    check_plots(config.plot)
+    initialize()
+    with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
+        rows = _compare(config, layout, watchdog)
+    if dist.get_rank() == 0:
+        print(table(rows), flush=True)
+    on_first_rank(lambda: _write(config, rows))
+    return 0
+
+
+def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[dict[str, Any]]:
+    """Rows of all kinds at all context lengths."""
+    model = ModelConfig(
+        **dataclasses.asdict(config.model),
+        kv_channels=config.model.hidden_size // config.model.num_attention_heads,
+        max_position_embeddings=max(config.context_tokens) + config.decode_tokens + 2,
+    )
+    groups = create_groups(layout)
+    alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
+    contenders = build_contenders(config, model, (layout, groups), alone)
+    for contender in contenders:
+        if isinstance(contender, OnEngine) and contender.engine:
+            watchdog.follow(contender.engine.stage.model.decoder.layers)
+    rows = []
+    for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
+        samples = _measure(contenders, tokens, config, watchdog)
+        rows += [_row(contender, taken, tokens, model) for contender, taken in zip(contenders, samples, strict=True)]
+    return rows
+
+
+def _measure(
+    contenders: Sequence[Contender], tokens: int, config: BenchmarkConfig, watchdog: Watchdog
+) -> list[list[dict[str, Any]]]:
+    """Samples of each kind at one context length: rounds of all in turn, some to warm up first.
+
+    A sample is the slowest (largest) rank's.
+    """
+    samples: list[list[dict[str, Any]]] = [[] for _ in contenders]
+    context = [(i * i + 7) % config.model.vocab_size for i in range(tokens)]
+    for turn in range(config.warm_up_rounds + config.repeats):
+        for contender, taken in zip(contenders, samples, strict=True):
+            dist.barrier()
+            # transformers' layers tell the watchdog of no steps.
+            own_pace = not isinstance(contender, OnEngine)
+            take = lambda of=contender: of.sample(context, config.decode_tokens)  # noqa: E731
+            sample = watchdog.patient(take)() if own_pace else take()
+            reports = [report for report in gather_objects(sample) if report is not None]
+            if turn >= config.warm_up_rounds:
+                taken.append({key: max(report[key] for report in reports) for key in reports[0]})
+    return samples
+
+
+def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model: ModelConfig) -> dict[str, Any]:
+    kind, layout = contender.kind, contender.layout
+    return {
+        "kind": kind.word,
+        "attention": kind.attention,
+        "anchor": contender.attention.anchor if kind.attention == "star" else None,
+        "decode": "sharded" if contender.sharded else "replicated",
+        "context_tokens": tokens,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "cp": layout.cp,
+        **counted(contender, model, tokens),
+        **{key: statistics.median(sample[key] for sample in samples) for key in samples[0]},
+        "repeats": len(samples),
+        "commit": commit(),
+        "machine": machine(),
+    }
+
+
+def _write(config: BenchmarkConfig, rows: Sequence[dict[str, Any]]) -> None:
+    if config.output is not None:
+        write_whole(Path(config.output), lambda file: file.write_text(json.dumps(rows, indent=2) + "\n"))
+    if config.plot is not None:
+        draw(rows, Path(config.plot))
