@@ -126,9 +126,12 @@ def _draw_speedups(rows: Sequence[Row], axes: Axes) -> None:
 
 
 def _token_ticks(rows: Sequence[Row], axes: Axes) -> None:
+    from matplotlib.ticker import NullLocator
+
     tokens = sorted({row["context_tokens"] for row in rows})
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens], rotation=20)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _foot(rows: Sequence[Row], figure: Figure) -> None:
