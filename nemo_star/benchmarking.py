@@ -22,13 +22,14 @@ from nemo_star.attention import AttentionState
 from nemo_star.attention.kernels import get_kernel
 from nemo_star.cache import KVCache
 from nemo_star.config import AttentionConfig, BenchmarkConfig
-from nemo_star.distributed import Groups, Layout, create_groups, gather_objects, initialize, on_first_rank, plan_layout
+from nemo_star.distributed import Groups, create_groups, gather_objects, initialize, on_first_rank
 from nemo_star.engine import Engine
 from nemo_star.flops import prefill_flops
 from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes, reset_peak_memory
-from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
+from nemo_star.model import build_model, build_rotary
 from nemo_star.pipeline import Stage
+from nemo_star.shape import Layout, ModelConfig, check_layout, plan_layout
 from nemo_star.targets import check_target, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -73,8 +73,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int | None = None
     """None: all ranks that tp and pp leave over (for dense attention: 1)."""
-    decode: Literal["replicated"] | None = None
-    """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided."""
+    decode: Literal["replicated", "sharded"] | None = None
+    """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided; `sharded` also
+    divides the matrices of the FFN and of the head."""
     timeout_minutes: float = 30.0
     """A collective that waits longer ends the job."""
 

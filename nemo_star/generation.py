@@ -26,15 +26,15 @@ from nemo_star.distributed import (
     initialize,
     on_every_rank,
     on_first_rank,
-    plan_layout,
 )
 from nemo_star.engine import Engine
 from nemo_star.frontdesk import FrontDesk
 from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes
-from nemo_star.model import build_model, build_rotary, check_layout
+from nemo_star.model import build_model, build_rotary
 from nemo_star.pipeline import Stage
 from nemo_star.requests import Request
+from nemo_star.shape import check_layout, plan_layout
 
 
 def run(config: GenerateConfig) -> int:
