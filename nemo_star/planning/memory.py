@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.flops import layer_weights, widths
-from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work, tokens_of_rank
+from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
 from nemo_star.shape import ModelConfig
 
 
@@ -79,14 +79,6 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
     ffn = tokens * (hidden + 4 * work.model.ffn_hidden_size // work.layout.tp) * size
     return max(attention, ffn) + _anchor_bytes(work, rank, kv)
-
-
-def needs_certainly(work: Workload, stage: int, cp_rank: int) -> int:
-    """Bytes that a rank cannot do without: its weights and the context's K/V. Activations, buffers are on top."""
-    weights = weight_elements(work.model, work.layout.tp, work.layout.pp, stage) * work.dtype_bytes
-    if not work.context_tokens:
-        return weights
-    return weights + kv_bytes(work, stage, tokens_of_rank(work, cp_rank))
 
 
 def _exchange_bytes(work: Workload, tokens: int, query: int, kv: int) -> int:

@@ -130,12 +130,18 @@ def block_rows(config: PlanConfig) -> list[Row]:
         return rows[size]
 
     advised = wanted = _advised_size(config.context_tokens, layout.cp)
-    while not row(advised)["fits"] and advised > 1:
+    # A smaller block saves activations; where weights and K/V alone are too much, none helps.
+    while not row(advised)["fits"] and advised > 1 and _bare(row(advised), clock) <= usable_memory(work, clock):
         advised //= 2
     largest = -(-config.context_tokens // PAPER_SHARE)
     for size in (largest, MAX_DEFAULT_BLOCK_SIZE, wanted * 4, wanted * 2, wanted // 2, wanted // 4):
         row(max(1, min(size, largest)))
     return [{**rows[size], "advised": size == advised and rows[size]["fits"]} for size in sorted(rows, reverse=True)]
+
+
+def _bare(row: Row, clock: Clock) -> float:
+    """Bytes of a row's rank without activations."""
+    return row["weight_bytes_per_rank"] + row["kv_bytes_per_rank"] + clock.machine.process_bytes
 
 
 def _advised_size(context_tokens: int, cp: int) -> int:

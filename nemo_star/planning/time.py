@@ -49,8 +49,10 @@ class Clock:
         alone = work.attention.kind == "dense" and self.machine.dense_takes_node
         return self.machine.devices_per_node if alone else 1
 
-    def matrix_seconds(self, work: Workload, flops: float) -> float:
-        return flops / (self._peak(work) * self.efficiency.gemm)
+    def matrix_seconds(self, work: Workload, tokens: int, elements: float) -> float:
+        """Tokens through a matrix, which has to be read, too: with few tokens that takes longer."""
+        computing = 2 * tokens * elements / (self._peak(work) * self.efficiency.gemm)
+        return max(computing, self.memory_seconds(work, elements * work.dtype_bytes))
 
     def attention_seconds(self, work: Workload, flops: float) -> float:
         return flops / (self._peak(work) * self.efficiency.attention)
@@ -83,7 +85,7 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> La
     model, tp = work.model, work.layout.tp
     tokens = tokens_in_flight(block, work.attention)
     matrices = {
-        name: clock.matrix_seconds(work, 2 * tokens * elements / tp) for name, elements in layer_weights(model).items()
+        name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in layer_weights(model).items()
     }
     attention = clock.attention_seconds(work, pair_flops(model) * rank_attention_pairs(work, block) / tp)
     query, kv = widths(model)

@@ -101,12 +101,13 @@ def total_flops(work: Workload) -> int:
     return work.model.num_layers * per_layer
 
 
-def tokens_of_rank(work: Workload, cp_rank: int) -> int:
-    """Context tokens whose K/V a rank caches."""
+def tokens_by_rank(work: Workload) -> list[int]:
+    """Context tokens whose K/V each cp rank caches."""
+    cp = work.layout.cp
     if work.attention.kind == "star":
-        return star_rank(work, cp_rank).tokens
-    partition = PARTITIONS[work.attention.kind](work.context_tokens, *work.sizes, work.layout.cp)
-    return partition.tokens_of(cp_rank)
+        return [star_rank(work, rank).tokens for rank in range(cp)]
+    partition = PARTITIONS[work.attention.kind](work.context_tokens, *work.sizes, cp)
+    return [partition.tokens_of(rank) for rank in range(cp)]
 
 
 def rank_attention_pairs(work: Workload, block: Block) -> float:
