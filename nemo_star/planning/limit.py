@@ -51,9 +51,10 @@ class MemoryLimit:
             free[memory.pool] = min(memory.size, free.get(memory.pool, memory.size))
         for pool, size in free.items():
             if weights[pool] + kv[pool] > size:
-                ranks = sum(memory.pool == pool for memory in self._free)
+                count = sum(memory.pool == pool for memory in self._free)
+                ranks = "1 rank there needs" if count == 1 else f"{count} ranks there need"
                 return (
-                    f"does not fit into {pool}: {ranks} rank{'s' * (ranks > 1)} there need at least "
+                    f"does not fit into {pool}: {ranks} at least "
                     f"{weights[pool] / GIB:.2f} GiB for weights and {kv[pool] / GIB:.2f} GiB for the K/V of a context "
                     f"of {context_tokens} tokens, {size / GIB:.2f} GiB are free; {self._ways(work)}"
                 )

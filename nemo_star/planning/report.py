@@ -96,8 +96,8 @@ def _advice(config: PlanConfig, blocks: Sequence[Row], cp: int) -> str:
 
 def _ways(cp: int) -> str:
     return (
-        f"more ranks (context parallel: {cp} now), tensor or pipeline parallelism, "
-        "cache.dtype=bfloat16, a smaller block, or a machine with more memory"
+        f"more ranks (context parallel: {cp} now), tensor or pipeline parallelism, a smaller dtype or block, "
+        "or a machine with more memory"
     )
 
 
