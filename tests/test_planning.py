@@ -1,19 +1,17 @@
-"""The planner: identities, what it counts against what runs, published tables, and refusals."""
+"""The planner: identities, what it counts against what runs, and published tables."""
 
 import dataclasses
 import json
 
 import pytest
-from launch import ROOT, read_jsonl, run_tool, write_jsonl
+from launch import ROOT, run_tool
 
 from nemo_star.cli import CONF, RECIPES, compose, compose_group
-from nemo_star.config import AttentionConfig, ParallelConfig, ShapeConfig
+from nemo_star.config import AttentionConfig, ShapeConfig
 from nemo_star.flops import attention_pairs, prefill_flops, tokens_in_flight
-from nemo_star.memory import FreeMemory
 from nemo_star.partition import PARTITIONS
 from nemo_star.planning import report, work
 from nemo_star.planning.config import EfficiencyConfig, MachineConfig, PlanConfig
-from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.measured import compare_rows
 from nemo_star.planning.memory import fullest_rank, kv_bytes, weight_elements
 from nemo_star.planning.plan import block_rows, fastest, model_of, plan_rows
@@ -311,89 +309,3 @@ def test_an_unknown_machine_lists_the_known_ones(tmp_path):
     done = run_tool(ROOT / "tools" / "plan.py", "machine=abacus", cwd=tmp_path)
     assert done.returncode != 0
     assert all(machine in done.stderr for machine in MACHINES)
-
-
-# Refusals of tools/generate.py
-
-
-def limit(free, *, dp=1, cp=2, pp=1, kind="star"):
-    planned = dataclasses.replace(llama(kind, 1), layout=Layout(tp=1, cp=cp, dp=dp, pp=pp))
-    return MemoryLimit(planned, free)
-
-
-def test_ranks_of_one_machine_share_its_memory():
-    model = model_of(LLAMA, 1)
-    weights = 2 * weight_elements(model, 1, 1, 0)
-    context = 2**17
-    kv = 2**34  # 128K tokens, 32 layers, 2 * 8 * 128 elements, 2 bytes
-    shared = [FreeMemory("host", 2 * weights + kv)] * 2
-    limit(shared).check(context)
-    with pytest.raises(
-        ValueError, match=r"host: 2 ranks .* 29.92 GiB for weights .* 131080 tokens, 45.92 GiB are free"
-    ):
-        limit(shared).check(context + 8)
-    apart = [FreeMemory("gpu 0", weights + kv // 2), FreeMemory("gpu 1", weights + kv // 2)]
-    limit(apart).check(context)
-    uneven = [FreeMemory("gpu 0", weights + kv // 2), FreeMemory("gpu 1", weights)]
-    with pytest.raises(ValueError, match="does not fit into gpu 1: 1 rank there"):
-        limit(uneven).check(context)
-    limit(uneven).check(0)
-    with pytest.raises(ValueError, match="weights"):
-        limit([FreeMemory("host", 2 * weights - 1)] * 2).check(0)
-
-
-def test_a_replica_with_room_is_enough():
-    weights = 2 * weight_elements(model_of(LLAMA, 1), 1, 1, 0)
-    small, large = FreeMemory("gpu 0", weights + 100), FreeMemory("gpu 1", 10 * weights)
-    limit([small, large], dp=2, cp=1).check(2**17)
-    with pytest.raises(ValueError, match="gpu 0"):
-        limit([small, dataclasses.replace(small, pool="gpu 1")], dp=2, cp=1).check(2**17)
-
-
-def test_idle_ranks_are_pointed_out():
-    free = [FreeMemory(f"gpu {rank}", 2**34) for rank in range(8)]
-    with pytest.raises(ValueError, match="so that every rank has a block"):
-        limit(free, cp=8).check(2**17)  # 4 blocks
-    with pytest.raises(ValueError, match="a shorter context"):
-        limit(free, cp=8, kind="ring").check(2**20)
-
-
-@pytest.fixture
-def question(tiny, tmp_path):
-    from nemo_star.config import GenerateConfig, InferenceConfig
-
-    rows = [
-        {"id": name, "context_ids": [1] * tokens, "query_ids": [2]}
-        for name, tokens in (("a", 20), ("b", 4000), ("c", 30))
-    ]
-    return GenerateConfig(
-        checkpoint=str(tiny),
-        input=str(write_jsonl(tmp_path / "in.jsonl", rows)),
-        output=str(tmp_path / "out.jsonl"),
-        attention=AttentionConfig(block_size=16),
-        parallel=ParallelConfig(),
-        inference=InferenceConfig(tokens_to_generate=2),
-    )
-
-
-def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question, tiny, groups, tmp_path):
-    from nemo_star.checkpoint.description import read_description
-    from nemo_star.generation import run
-
-    model = read_description(tiny).model
-    weights = 4 * weight_elements(model, 1, 1, 0)
-    room = 4 * 100 * 2 * model.num_layers * model.num_query_groups * model.kv_channels
-    code = run(question, free_memory=lambda device: FreeMemory("here", weights + room))
-    lines = read_jsonl(tmp_path / "out.jsonl")
-    assert code == 3
-    assert [sorted(set(line) & {"error", "token_ids"}) for line in lines] == [["token_ids"], ["error"], ["token_ids"]]
-    assert "a context of 4000 tokens" in lines[1]["error"]
-    assert "GiB are free; what helps: " in lines[1]["error"]
-
-
-def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(question, groups, tmp_path):
-    from nemo_star.generation import run
-
-    with pytest.raises(ValueError, match="does not fit into here: 1 rank there needs"):
-        run(question, free_memory=lambda device: FreeMemory("here", 1000))
-    assert not (tmp_path / "out.jsonl").exists()

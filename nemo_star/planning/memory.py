@@ -78,7 +78,8 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     hidden = 2 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
     ffn = tokens * (hidden + 4 * work.model.ffn_hidden_size // work.layout.tp) * size
-    return max(attention, ffn) + _anchor_bytes(work, rank, kv)
+    head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
+    return max(attention, ffn, head) + _anchor_bytes(work, rank, kv)
 
 
 def _exchange_bytes(work: Workload, tokens: int, query: int, kv: int) -> int:
