@@ -70,12 +70,13 @@ def most_kv(work: Workload) -> int:
 def activation_bytes(work: Workload, rank: RankWork) -> int:
     """What the layer in flight keeps alive at its peak, and anchors that wait for later blocks. An estimate.
 
-    A layer holds the residual stream and its norm, then either queries, keys and values before and after rotary
-    embedding with the attention's output, or the FFN's gate and up projections, the activated gate and their product.
+    Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
+    either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
+    up projections, the activated gate and their product.
     """
     query, kv = (width // work.layout.tp for width in widths(work.model))
     tokens, size = most_in_flight(work, rank), work.dtype_bytes
-    hidden = 2 * work.model.hidden_size
+    hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
     ffn = tokens * (hidden + 4 * work.model.ffn_hidden_size // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
