@@ -92,3 +92,10 @@ def quote(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
     text = re.sub(r"(\\+)('|\Z)", lambda found: found[1] * 2 + found[2], text)
     return "'" + text.replace("'", r"\'") + "'"
+
+
+def compose_group(cls: type[Config], group: str, name: str) -> Config:
+    """One choice of a group in conf/, parsed, for a program that has no command line to compose."""
+    with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(hydra.compose(overrides=[f"+{group}={name}"])[group])
+    return parse(cls, values)

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_star.attention import AttentionState
-from nemo_star.distributed import Layout
-from nemo_star.model import ModelConfig
 from nemo_star.partition import shares
+from nemo_star.shape import Layout, ModelConfig
 
 CHUNK_TOKENS = 4096
 

@@ -16,48 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_star.config import ParallelConfig
+from nemo_star.shape import Layout
 
 T = TypeVar("T")
 NO_LIMIT = timedelta(days=20)
 """For collectives; the watchdog sets the limit. More would overflow where gloo counts milliseconds in 32 bits."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions; their product is the world size."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-
-
-def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout:
-    """The layout that `config` asks for on `world_size` ranks.
-
-    Raises:
-        ValueError: sizes that do not divide the world, or dense attention over several cp ranks.
-    """
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        raise ValueError(
-            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
-            f"* pipeline_model_parallel_size {pp} = {tp * pp}"
-        )
-    rest = world_size // (tp * pp)
-    cp = config.context_parallel_size or (1 if kind == "dense" else rest)
-    if kind == "dense" and cp > 1:
-        raise ValueError(
-            f"attention=dense runs on 1 context-parallel rank, not parallel.context_parallel_size={cp}: "
-            "the exact kinds that share a context over ranks are attention=ring and attention=ulysses"
-        )
-    if rest % cp:
-        raise ValueError(
-            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
-            f"* pipeline_model_parallel_size {pp} * context_parallel_size {cp} = {tp * pp * cp}"
-        )
-    return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
 
 
 def initialize() -> torch.device:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from nemo_star.config import AttentionConfig
-from nemo_star.distributed import Layout
-from nemo_star.model import ModelConfig
 from nemo_star.partition import Block, Partition
+from nemo_star.shape import Layout, ModelConfig
 
 
 def prefill_flops(model: ModelConfig, partition: Partition, attention: AttentionConfig) -> int:
     """All ranks' operations in linear layers and attention; embedding, norms and rotary are left out."""
-    query, kv = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
-    weights = model.hidden_size * (2 * query + 2 * kv + 3 * model.ffn_hidden_size)
-    total = 0
-    for block in (block for blocks in partition.ranks for block in blocks):
-        recomputed = block.anchor_size if attention.anchor == "recompute" else 0
-        pairs = _local_pairs(block, recomputed) if attention.kind == "star" else _global_pairs(block)
-        total += 2 * (recomputed + block.tokens) * weights + 4 * query * pairs
-    return total * model.num_layers
+    blocks = (block for blocks in partition.ranks for block in blocks)
+    return model.num_layers * sum(block_flops(model, block, attention) for block in blocks)
+
+
+def block_flops(model: ModelConfig, block: Block, attention: AttentionConfig) -> int:
+    """Operations of one layer for one block."""
+    linear = 2 * tokens_in_flight(block, attention) * sum(layer_weights(model).values())
+    return linear + pair_flops(model) * attention_pairs(block, attention)
 
 
 def decode_weight_bytes(model: ModelConfig, layout: Layout, *, sharded: bool, itemsize: int) -> int:
@@ -26,24 +25,51 @@ def decode_weight_bytes(model: ModelConfig, layout: Layout, *, sharded: bool, it
     Args:
         sharded: the FFN divided over cp, too (the output projection where tp > 1, as `decode_sharding` does).
     """
-    query, kv = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
-    whole, divided = query + 2 * kv, 3 * model.ffn_hidden_size
-    if layout.tp > 1:
-        divided += query
-    else:
-        whole += query
-    rows = whole + divided / (layout.cp if sharded else 1)
-    return int(rows * model.hidden_size * itemsize * model.num_layers / (layout.tp * layout.pp))
+    weights = layer_weights(model)
+    divided = weights["ffn"] + (weights["projection"] if layout.tp > 1 else 0)
+    elements = sum(weights.values()) - divided + divided / (layout.cp if sharded else 1)
+    return int(elements * itemsize * model.num_layers / (layout.tp * layout.pp))
 
 
-def _local_pairs(block: Block, recomputed: int) -> int:
-    """(query, key) pairs of a star block: causal in itself, all of the anchor, causal in a recomputed anchor."""
-    return _triangle(block.tokens) + block.tokens * block.anchor_size + _triangle(recomputed)
+def layer_weights(model: ModelConfig) -> dict[str, int]:
+    """Elements of one layer's matrices, by what they do."""
+    query, kv = widths(model)
+    return {
+        "qkv": model.hidden_size * (query + 2 * kv),
+        "projection": query * model.hidden_size,
+        "ffn": 3 * model.hidden_size * model.ffn_hidden_size,
+    }
 
 
-def _global_pairs(block: Block) -> int:
-    """(query, key) pairs of pieces that attend to the whole context before them."""
-    return sum(_triangle(stop) - _triangle(start) for start, stop in block.pieces)
+def widths(model: ModelConfig) -> tuple[int, int]:
+    """(np * hn, ng * hn): elements of one token's queries, and of its keys."""
+    return model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+
+
+def pair_flops(model: ModelConfig) -> int:
+    """Operations of one (query, key) pair in one layer: the score, and the weighted value."""
+    return 4 * widths(model)[0]
+
+
+def tokens_in_flight(block: Block, attention: AttentionConfig) -> int:
+    """Tokens that run through the layers for a block: its own, and a recomputed anchor's."""
+    return block.tokens + _recomputed(block, attention)
+
+
+def attention_pairs(block: Block, attention: AttentionConfig) -> int:
+    """(query, key) pairs of one layer for one block.
+
+    A star block: causal in itself, all of the anchor, causal in a recomputed anchor. Other kinds' pieces attend to the
+    whole context before them.
+    """
+    if attention.kind != "star":
+        return sum(_triangle(stop) - _triangle(start) for start, stop in block.pieces)
+    recomputed = _triangle(_recomputed(block, attention))
+    return _triangle(block.tokens) + block.tokens * block.anchor_size + recomputed
+
+
+def _recomputed(block: Block, attention: AttentionConfig) -> int:
+    return block.anchor_size if attention.kind == "star" and attention.anchor == "recompute" else 0
 
 
 def _triangle(tokens: int) -> int:

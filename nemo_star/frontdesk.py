@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,29 @@ from nemo_star.answer import Answer, Result, summary
 from nemo_star.checkpoint.description import HF_FOLDER
 from nemo_star.config import SMALL_BLOCK_TOKENS, GenerateConfig
 from nemo_star.launch import EXIT_BAD_LINES, warn
-from nemo_star.model import ModelConfig
 from nemo_star.partition import PARTITIONS
 from nemo_star.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, Resumed, read_resumed
+from nemo_star.shape import ModelConfig
 from nemo_star.targets import check_target, write_whole
 from nemo_star.tokenizer import Tokenizer, end_token_ids
 
 
 class FrontDesk:
-    """Reads and checks requests, shows and writes answers: on rank 0; every replica's first rank makes answers."""
+    """Reads and checks requests, shows and writes answers: on rank 0; every replica's first rank makes answers.
 
-    def __init__(self, config: GenerateConfig, model: ModelConfig) -> None:
+    Args:
+        check_memory: raises ValueError for a context of so many tokens that certainly does not fit; 0: the weights.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        model: ModelConfig,
+        check_memory: Callable[[int], None] = lambda context_tokens: None,
+    ) -> None:
         self.config = config
         self.model = model
+        self._check_memory = check_memory
         self.tokenizer: Tokenizer | None = None
         self.end_ids: frozenset[int] = frozenset()
         self._reader: RequestReader
@@ -61,6 +71,7 @@ class FrontDesk:
     def open(self) -> None:
         """Check everything that can be checked without the weights; nothing is written yet."""
         config = self.config
+        self._check_memory(0)
         self._reader = RequestReader(self.model.vocab_size, self.tokenizer, config.chat_template)
         ways = "resume=true (continue it) or overwrite=true"
         check_target("output", config.output, replace=config.overwrite or config.resume, ways=ways, streams=True)
@@ -181,6 +192,7 @@ class FrontDesk:
         context_tokens = len(request.context_ids)
         attention = self.config.attention
         block_size, _anchor = attention.sizes(context_tokens)
+        self._check_memory(context_tokens)
         if attention.kind == "star" and attention.block_size is not None and block_size < SMALL_BLOCK_TOKENS:
             self._tell(f"attention.block_size is {block_size} tokens (tokens, not K): is that meant?", warning=True)
         last = context_tokens + len(request.query_ids) + self.config.inference.tokens_to_generate

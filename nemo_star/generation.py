@@ -6,7 +6,7 @@ Rank 0 has a front desk that reads and checks requests and writes answers; all r
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,26 +22,30 @@ from nemo_star.config import GenerateConfig
 from nemo_star.decode_sharding import install, is_sharded
 from nemo_star.distributed import (
     Groups,
-    Layout,
     create_groups,
     gather_objects,
     initialize,
     on_every_rank,
     on_first_rank,
-    plan_layout,
 )
 from nemo_star.engine import Engine
 from nemo_star.frontdesk import FrontDesk
 from nemo_star.launch import environment_world_size
-from nemo_star.memory import peak_memory_bytes
-from nemo_star.model import build_model, build_rotary, check_layout
+from nemo_star.memory import FreeMemory, free_memory, peak_memory_bytes
+from nemo_star.model import build_model, build_rotary
 from nemo_star.pipeline import Stage
+from nemo_star.planning.limit import MemoryLimit
+from nemo_star.planning.work import Workload
 from nemo_star.requests import Request
+from nemo_star.shape import Layout, check_layout, plan_layout
 from nemo_star.watchdog import Watchdog, watchdog_of_this_job
 
 
-def run(config: GenerateConfig) -> int:
+def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory] = free_memory) -> int:
     """Answer everything that `config` asks for; returns the exit code.
+
+    Args:
+        free_memory: what a rank's device has left; a context that certainly does not fit is refused.
 
     Raises:
         ValueError, OSError: a user's error, on all ranks alike.
@@ -49,14 +53,27 @@ def run(config: GenerateConfig) -> int:
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
     device = initialize()
     with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
-        return _answer_all(config, layout, device, watchdog)
+        return _answer_all(config, layout, device, watchdog=watchdog, free=free_memory(device))
 
 
-def _answer_all(config: GenerateConfig, layout: Layout, device: torch.device, watchdog: Watchdog) -> int:
+def _answer_all(
+    config: GenerateConfig, layout: Layout, device: torch.device, *, watchdog: Watchdog, free: FreeMemory
+) -> int:
     groups = create_groups(layout)
     description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
     check_layout(description.model, layout, config.attention.kind)
-    desk = FrontDesk(config, description.model)
+    limit = MemoryLimit(
+        Workload(
+            description.model,
+            layout,
+            config.attention,
+            context_tokens=0,
+            dtype=dtype_name(config, device),
+            cache_dtype=config.cache.dtype,
+        ),
+        gather_objects(free),
+    )
+    desk = FrontDesk(config, description.model, limit.check)
     on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
     on_first_rank(watchdog.patient(desk.open))
     engine = build_engine(config, description, groups, device)
@@ -70,11 +87,16 @@ def _answer_all(config: GenerateConfig, layout: Layout, device: torch.device, wa
     return on_first_rank(lambda: desk.close(peaks))
 
 
+def dtype_name(config: GenerateConfig, device: torch.device) -> str:
+    """The type that the model computes in."""
+    return config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+
+
 def build_engine(
     config: GenerateConfig, description: CheckpointDescription, groups: Groups, device: torch.device
 ) -> Engine:
     """The checkpoint's model on this rank, ready to run requests."""
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, dtype_name(config, device))
     cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
     kind = config.attention.kind
     sharded = is_sharded(config.parallel.decode, description.model, groups.layout, dtype, device)

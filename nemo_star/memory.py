@@ -1,12 +1,40 @@
-"""Peak memory of this process: resident memory on CPU, allocated memory on CUDA."""
+"""Peak memory of this process (resident on CPU, allocated on CUDA), and memory that is free before it starts."""
 
 from __future__ import annotations
 
 import resource
+import socket
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """What can still be taken from one memory; ranks that name the same `pool` share it."""
+
+    pool: str
+    size: int
+    """Bytes."""
+
+
+def free_memory(device: torch.device) -> FreeMemory:
+    """Memory that this rank could take at most: its GPU's, or what its machine (or container) has with swap."""
+    host = socket.gethostname()
+    if device.type == "cuda":
+        return FreeMemory(f"GPU {device.index} of {host}", torch.cuda.mem_get_info(device)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a container may not show how much was swapped
+        size = psutil.virtual_memory().available + psutil.swap_memory().free
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
+        size = min(size, int(limit))
+    return FreeMemory(f"the memory of {host}", size)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,58 +18,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.nn import functional as F
 
 from nemo_star.attention import ATTENTION, AttentionState
-from nemo_star.attention.ulysses import check_heads
-from nemo_star.distributed import Layout
-from nemo_star.rotary import PositionRotaryEmbedding, RopeScaling
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a Llama-like decoder, in the words of Megatron's TransformerConfig."""
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    ffn_hidden_size: int
-    kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
-    layernorm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    share_embeddings_and_output_weights: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"a model with {name} {value}: must be at least 1")
-        if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_query_groups {self.num_query_groups}"
-            )
-
-
-def check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
-    """Refuse a layout that the model does not divide by.
-
-    Raises:
-        ValueError: names both numbers.
-    """
-    tp, pp = layout.tp, layout.pp
-    divided = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups,
-        "ffn_hidden_size": model.ffn_hidden_size,
-    }
-    for name, size in divided.items():
-        if size % tp:
-            raise ValueError(f"the model's {name} {size} is not divisible by tensor_model_parallel_size {tp}")
-    if model.num_layers < pp:
-        raise ValueError(f"the model's {model.num_layers} layers do not fill pipeline_model_parallel_size {pp} stages")
-    if kind == "ulysses":
-        check_heads(model.num_attention_heads // tp, model.num_query_groups // tp, layout.cp)
+from nemo_star.rotary import PositionRotaryEmbedding
+from nemo_star.shape import ModelConfig
 
 
 class StageLayout(PipelineParallelLayerLayout):

@@ -8,22 +8,11 @@ scaling also hard-codes the factors of one checkpoint; here they come from the m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How a checkpoint stretches its rotary frequencies (names as in Hugging Face configurations)."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+from nemo_star.shape import RopeScaling
 
 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> Tensor:

@@ -31,7 +31,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def groups():
     """Process groups of one process, for tests in the test process."""
-    from nemo_star.distributed import Layout, create_groups, initialize_alone
+    from nemo_star.distributed import create_groups, initialize_alone
+    from nemo_star.shape import Layout
 
     initialize_alone()
     return create_groups(Layout(tp=1, cp=1, dp=1, pp=1))

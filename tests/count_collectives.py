@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from nemo_star.checkpoint.description import read_description
 from nemo_star.config import GenerateConfig, parse
-from nemo_star.distributed import create_groups, initialize, plan_layout
+from nemo_star.distributed import create_groups, initialize
 from nemo_star.generation import build_engine
 from nemo_star.launch import run_as_tool
+from nemo_star.shape import plan_layout
 
 KINDS = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "isend", "irecv", "send", "recv")
 NAMES = [name for name in dir(dist) if name.startswith(KINDS) and callable(getattr(dist, name))]

@@ -82,7 +82,7 @@ def test_a_kind_named_twice_is_refused():
 def test_transformers_computes_the_same_on_our_weights(groups):
     from nemo_star.benchmarking.contenders import ALONE, build_contenders
     from nemo_star.benchmarking.hugging_face import build_llama, timed_generation
-    from nemo_star.model import ModelConfig
+    from nemo_star.shape import ModelConfig
 
     config = parse(BenchmarkConfig, {"compare": ["dense", "transformers"], "model": SHAPE})
     model = ModelConfig(**SHAPE, num_query_groups=2, kv_channels=8, max_position_embeddings=200)

@@ -44,7 +44,7 @@ def test_only_literal_keys_are_quoted():
 
 
 def test_recipes_compose():
-    for recipe in sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "benchmark.yaml"}):
+    for recipe in sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "benchmark.yaml", RECIPES / "plan.yaml"}):
         arguments = ["--config-name", recipe.stem, "checkpoint=somewhere"]
         if not recipe.stem.startswith("demo"):  # those bring their question
             arguments += ["context=a", "query=b"]

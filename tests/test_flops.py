@@ -2,8 +2,8 @@ import pytest
 
 from nemo_star.config import AttentionConfig
 from nemo_star.flops import prefill_flops
-from nemo_star.model import ModelConfig
 from nemo_star.partition import PARTITIONS
+from nemo_star.shape import ModelConfig
 
 MODEL = ModelConfig(
     num_layers=2,

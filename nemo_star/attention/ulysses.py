@@ -67,21 +67,3 @@ def _share(heads: int, cp_rank: int, cp_size: int) -> slice:
     if heads >= cp_size:
         return slice(cp_rank * heads // cp_size, (cp_rank + 1) * heads // cp_size)
     return slice(cp_rank * heads // cp_size, cp_rank * heads // cp_size + 1)
-
-
-def check_heads(heads: int, groups: int, cp_size: int) -> None:
-    """Refuse head counts of one tensor-parallel rank that cp ranks cannot share.
-
-    Raises:
-        ValueError: names the numbers.
-    """
-    if heads % cp_size:
-        raise ValueError(
-            f"attention=ulysses: {heads} query heads per tensor-parallel rank are not divisible by "
-            f"context_parallel_size {cp_size}"
-        )
-    if groups % cp_size and cp_size % groups:
-        raise ValueError(
-            f"attention=ulysses: {groups} KV heads per tensor-parallel rank and context_parallel_size {cp_size}: "
-            "one must be a multiple of the other"
-        )

@@ -21,13 +21,14 @@ from nemo_star.benchmarking.probe import time_cache_reads
 from nemo_star.cache import KVCache
 from nemo_star.config import AttentionConfig, BenchmarkConfig, KindToCompare
 from nemo_star.decode_sharding import install, is_sharded
-from nemo_star.distributed import Groups, Layout
+from nemo_star.distributed import Groups
 from nemo_star.engine import Engine
 from nemo_star.flops import decode_weight_bytes, prefill_flops
 from nemo_star.memory import peak_memory_bytes, reset_peak_memory
-from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
+from nemo_star.model import build_model, build_rotary
 from nemo_star.partition import PARTITIONS
 from nemo_star.pipeline import Stage
+from nemo_star.shape import Layout, ModelConfig, check_layout
 
 QUERY = [1]
 ALONE = Layout(tp=1, cp=1, dp=1, pp=1)

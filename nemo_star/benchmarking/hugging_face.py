@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from nemo_star.checkpoint import llama
-from nemo_star.model import ModelConfig
+from nemo_star.shape import ModelConfig
 
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

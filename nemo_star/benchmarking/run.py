@@ -16,9 +16,9 @@ from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_
 from nemo_star.benchmarking.machine import commit, machine
 from nemo_star.benchmarking.report import check_plots, draw, table
 from nemo_star.config import BenchmarkConfig
-from nemo_star.distributed import Layout, create_groups, gather_objects, initialize, on_first_rank, plan_layout
+from nemo_star.distributed import create_groups, gather_objects, initialize, on_first_rank
 from nemo_star.launch import environment_world_size
-from nemo_star.model import ModelConfig
+from nemo_star.shape import Layout, ModelConfig, plan_layout
 from nemo_star.targets import check_target, write_whole
 from nemo_star.watchdog import Watchdog, watchdog_of_this_job
 

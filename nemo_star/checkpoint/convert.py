@@ -26,7 +26,7 @@ from nemo_star.checkpoint.description import (
 )
 from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
 from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
-from nemo_star.model import ModelConfig
+from nemo_star.shape import ModelConfig
 
 FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
 """Hugging Face architecture -> module with `weights`, `is_ignored` and `model_config`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_star.config import parse
-from nemo_star.model import ModelConfig
+from nemo_star.shape import ModelConfig
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "nemo_star.json"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nemo_star.model import ModelConfig
-from nemo_star.rotary import RopeScaling
+from nemo_star.shape import ModelConfig, RopeScaling
 
 ARCHITECTURE = "LlamaForCausalLM"
 

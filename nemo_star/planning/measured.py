@@ -1,0 +1,76 @@
+"""The planner against rows of tools/benchmark.py: the same runs, planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_star.config import AttentionConfig, parse
+from nemo_star.planning.config import KINDS, PlanConfig
+from nemo_star.planning.memory import most_kv
+from nemo_star.planning.plan import Row, model_of, row_of, workload
+from nemo_star.planning.time import Clock
+from nemo_star.shape import Layout, check_layout
+
+COMPARED = {
+    "prefill_seconds": float,
+    "decode_seconds_per_token": float,
+    "peak_memory_bytes": float,
+    "prefill_flops": int,
+    "kv_bytes_per_rank": int,
+}
+"""What a row measures (three) or counts (two), and is compared."""
+_LAYOUT = ("context_tokens", "block_size", "anchor_size", "tp", "pp", "cp")
+
+
+def compare_rows(config: PlanConfig) -> list[dict[str, Any]]:
+    """For each row of the file `config.check` of a kind that is planned: the keys that name it, and for each of
+    COMPARED the planned and the measured value.
+
+    Raises:
+        ValueError: the file holds no rows of tools/benchmark.py, or rows of another model.
+    """
+    path = Path(str(config.check))
+    try:
+        rows = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"check={path} is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"check={path} holds no list of rows of tools/benchmark.py")
+    compared = [_compared(row, number, config) for number, row in enumerate(rows, start=1) if _kind(row) in KINDS]
+    if not compared:
+        raise ValueError(f"check={path} holds no row of a kind that is planned: {', '.join(KINDS)}")
+    return compared
+
+
+def _kind(row: Row) -> str:
+    attention, anchor = row.get("attention"), row.get("anchor")
+    return f"{attention}:{anchor}" if attention == "star" else str(attention)
+
+
+def _compared(row: Row, number: int, config: PlanConfig) -> dict[str, Any]:
+    wrong = [name for name in (*_LAYOUT, *COMPARED) if not isinstance(row.get(name), int | float)]
+    if wrong:
+        raise ValueError(f"check={config.check}: row {number} lacks {', '.join(wrong)}")
+    layout = Layout(tp=row["tp"], cp=row["cp"], dp=1, pp=row["pp"])
+    sizes = {name: row[name] for name in ("block_size", "anchor_size")} if row["attention"] == "star" else {}
+    attention = {"kind": row["attention"], **({"anchor": row["anchor"]} if row.get("anchor") else {}), **sizes}
+    run = dataclasses.replace(
+        config,
+        context_tokens=row["context_tokens"],
+        attention=parse(AttentionConfig, attention, prefix=f"row {number}: "),
+        parallel=dataclasses.replace(config.parallel, decode=row.get("decode") or "replicated"),
+    )
+    model = model_of(config.model, row["context_tokens"])
+    check_layout(model, layout, row["attention"])
+    work = workload(_kind(row), run, model, layout)
+    planned = {**row_of(_kind(row), work, Clock(config.machine, config.efficiency)), "kv_bytes_per_rank": most_kv(work)}
+    if planned["prefill_flops"] != row["prefill_flops"]:
+        raise ValueError(
+            f"check={config.check}: row {number} counts {row['prefill_flops']} FLOPs in its prefill, the model given "
+            f"here takes {planned['prefill_flops']}: give the model= and model.KEY=VALUE of the benchmark"
+        )
+    names = {name: row.get(name) for name in ("kind", "decode", *_LAYOUT)}
+    return {**names, **{name: {"planned": planned[name], "measured": row[name]} for name in COMPARED}}

@@ -1,0 +1,111 @@
+"""Bytes of one rank: weights, K/V cache, and what is alive at the peak of a prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_star.flops import layer_weights, widths
+from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
+from nemo_star.shape import ModelConfig
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of the fullest rank."""
+
+    weights: int
+    kv: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.kv + self.activations
+
+
+def fullest_rank(work: Workload) -> RankMemory:
+    """Memory of the rank that needs most, over pipeline stages and cp ranks."""
+    activations = {rank.cp_rank: activation_bytes(work, rank) for rank in rank_work(work)}
+    needs = [
+        RankMemory(
+            weight_elements(work.model, work.layout.tp, work.layout.pp, stage) * work.dtype_bytes,
+            kv_bytes(work, stage, rank.tokens),
+            activations[rank.cp_rank],
+        )
+        for stage in _distinct_stages(work.layout.pp)
+        for rank in rank_work(work)
+    ]
+    return max(needs, key=lambda need: need.peak)
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> int:
+    """Layers of a pipeline stage: the first stages have one more, as `model.StageLayout` deals them."""
+    share, extra = divmod(num_layers, stages)
+    return share + (stage < extra)
+
+
+def weight_elements(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
+    """Elements of the weights of a rank in one pipeline stage.
+
+    The vocabulary is padded to the tp ranks; a tied head is a matrix of its own where it is on another stage.
+    """
+    per_layer = sum(layer_weights(model).values()) // tp + 2 * model.hidden_size  # and the two norms
+    vocabulary = -(-model.vocab_size // tp) * model.hidden_size
+    first, last = stage == 0, stage == pp - 1
+    tables = first + last - (first and last and model.share_embeddings_and_output_weights)
+    return stage_layers(model.num_layers, pp, stage) * per_layer + tables * vocabulary + last * model.hidden_size
+
+
+def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
+    """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank."""
+    kv = widths(work.model)[1] // work.layout.tp
+    return stage_layers(work.model.num_layers, work.layout.pp, stage) * tokens * 2 * kv * work.cache_bytes
+
+
+def most_kv(work: Workload) -> int:
+    """Bytes of K and V on the rank that caches most."""
+    return kv_bytes(work, 0, max(rank.tokens for rank in rank_work(work)))
+
+
+def activation_bytes(work: Workload, rank: RankWork) -> int:
+    """What the layer in flight keeps alive at its peak, and anchors that wait for later blocks. An estimate.
+
+    Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
+    either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
+    up projections, the activated gate and their product.
+    """
+    query, kv = (width // work.layout.tp for width in widths(work.model))
+    tokens, size = most_in_flight(work, rank), work.dtype_bytes
+    hidden = 4 * work.model.hidden_size
+    attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
+    ffn = tokens * (hidden + 4 * work.model.ffn_hidden_size // work.layout.tp) * size
+    head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
+    return max(attention, ffn, head) + _anchor_bytes(work, rank, kv)
+
+
+def _exchange_bytes(work: Workload, tokens: int, query: int, kv: int) -> int:
+    """Buffers of the kinds that exchange K/V or heads, and an anchor joined to a block's keys."""
+    kind, size, float32 = work.attention.kind, work.dtype_bytes, 4
+    if (
+        kind == "ring" and work.layout.cp > 1
+    ):  # own and arriving K/V; float32 results: so far, of a step, the two stacked
+        return tokens * (4 * kv * size + 4 * query * float32)
+    if kind == "ulysses":  # what is sent and what has come, of queries (and of the output), keys and values
+        return 2 * tokens * (query + 2 * kv) * size
+    if kind == "star" and work.attention.anchor == "shared" and work.num_blocks > 1:
+        return 2 * (tokens + work.sizes[1]) * kv * size
+    return 0
+
+
+def _anchor_bytes(work: Workload, rank: RankWork, kv: int) -> int:
+    """Anchor K/V that a rank keeps: of every layer until its last block, else of the layer in flight and the next."""
+    if work.attention.kind != "star" or work.attention.anchor != "shared" or work.num_blocks == 1:
+        return 0
+    layers = stage_layers(work.model.num_layers, work.layout.pp, 0)
+    kept = layers if rank.num_blocks > 1 else min(2, layers)
+    return kept * 2 * work.sizes[1] * kv * work.dtype_bytes
+
+
+def _distinct_stages(pp: int) -> Sequence[int]:
+    """The stages that could be the fullest: the ends, and the one after the first (none between has more layers)."""
+    return sorted({0, min(1, pp - 1), pp - 1})

@@ -1,0 +1,161 @@
+"""Memory and time for (model, context, layout, machine): a row for each kind of attention, and the block to take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nemo_star.config import MAX_DEFAULT_BLOCK_SIZE, ShapeConfig
+from nemo_star.planning.config import PlanConfig
+from nemo_star.planning.memory import fullest_rank
+from nemo_star.planning.time import Clock, decode_seconds, prefill_seconds
+from nemo_star.planning.work import Workload, total_flops, with_attention
+from nemo_star.shape import Layout, ModelConfig, check_layout, plan_layout
+
+PAPER_SHARE = 4
+"""The Star Attention paper's accuracy is measured at blocks of a quarter of the context (arXiv 2411.17116, table 1)."""
+SMALLEST_BLOCK = 4096
+"""The smallest block there."""
+
+Row = dict[str, Any]
+
+
+def plan_rows(config: PlanConfig) -> list[Row]:
+    """What each kind of `config.compare` takes on the layout; a kind that cannot run there says why.
+
+    Raises:
+        ValueError: sizes that do not go together whatever the kind.
+    """
+    model = model_of(config.model, config.context_tokens)
+    layout = star_layout(config)
+    check_layout(model, layout, "star")
+    return [_row(kind, config, model, layout) for kind in config.compare]
+
+
+def star_layout(config: PlanConfig) -> Layout:
+    """The layout of the kinds that share a context over ranks: one replica."""
+    layout = plan_layout(config.parallel, kind="star", world_size=config.world_size)
+    if layout.dp > 1:
+        raise ValueError(
+            f"a plan is for one replica: world_size={config.world_size} leaves {layout.dp} of "
+            f"tp {layout.tp} * pp {layout.pp} * cp {layout.cp} = {layout.tp * layout.pp * layout.cp} ranks"
+        )
+    return layout
+
+
+def model_of(shape: ShapeConfig, context_tokens: int) -> ModelConfig:
+    """The model that tools/benchmark.py builds of a shape."""
+    if shape.hidden_size % shape.num_attention_heads:
+        raise ValueError(
+            f"model.hidden_size={shape.hidden_size} is not divisible by "
+            f"model.num_attention_heads={shape.num_attention_heads}"
+        )
+    return ModelConfig(
+        **dataclasses.asdict(shape),
+        kv_channels=shape.hidden_size // shape.num_attention_heads,
+        max_position_embeddings=context_tokens,
+    )
+
+
+def workload(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) -> Workload:
+    """The work of a word of `compare`, `attention[:anchor]`; dense runs on one cp rank."""
+    name, _, anchor = kind.partition(":")
+    changes: dict[str, Any] = {"kind": name, "anchor": anchor or config.attention.anchor}
+    return Workload(
+        model,
+        dataclasses.replace(layout, cp=1) if name == "dense" else layout,
+        dataclasses.replace(config.attention, **changes),
+        config.context_tokens,
+        dtype=config.dtype or ("float32" if config.machine.device == "cpu" else "bfloat16"),
+        cache_dtype=config.cache.dtype,
+        decode=config.parallel.decode or "replicated",
+    )
+
+
+def row_of(kind: str, work: Workload, clock: Clock) -> Row:
+    """A row with the keys of tools/benchmark.py, and what they are made of."""
+    memory = fullest_rank(work)
+    block_size, anchor_size = work.sizes
+    peak = memory.peak + clock.machine.process_bytes
+    return {
+        "kind": kind,
+        "attention": work.attention.kind,
+        "anchor": work.attention.anchor if work.attention.kind == "star" else None,
+        "decode": work.decode,
+        "context_tokens": work.context_tokens,
+        "block_size": block_size,
+        "anchor_size": anchor_size,
+        "tp": work.layout.tp,
+        "pp": work.layout.pp,
+        "cp": work.layout.cp,
+        "prefill_seconds": prefill_seconds(work, clock),
+        "decode_seconds_per_token": decode_seconds(work, clock),
+        "prefill_flops": total_flops(work),
+        "weight_bytes_per_rank": memory.weights,
+        "kv_bytes_per_rank": memory.kv,
+        "activation_bytes_per_rank": memory.activations,
+        "peak_memory_bytes": peak,
+        "fits": peak <= usable_memory(work, clock),
+        "machine": clock.machine.name,
+        "error": None,
+    }
+
+
+def usable_memory(work: Workload, clock: Clock) -> float:
+    """Bytes that a rank may fill."""
+    return clock.machine.memory_bytes * clock.devices(work) * clock.efficiency.usable_memory
+
+
+def fastest(rows: list[Row]) -> Row | None:
+    """The row with the shortest prefill of those that run and fit."""
+    fitting = [row for row in rows if row["error"] is None and row["fits"]]
+    return min(fitting, key=lambda row: row["prefill_seconds"], default=None)
+
+
+def block_rows(config: PlanConfig) -> list[Row]:
+    """Star attention with anchor = block over block sizes, largest first; the one to take has `advised`.
+
+    Advised is the largest block that leaves no rank without one, because accuracy grows with it; at most a quarter of
+    the context and 32,768 tokens, at least 4,096 (the range of the paper's tables), and halved until it fits.
+    """
+    model, layout = model_of(config.model, config.context_tokens), star_layout(config)
+    kind = f"star:{config.attention.anchor}"
+    work = workload(kind, config, model, layout)
+    clock = Clock(config.machine, config.efficiency)
+    rows: dict[int, Row] = {}
+
+    def row(size: int) -> Row:
+        if size not in rows:
+            rows[size] = row_of(kind, with_attention(work, block_size=size, anchor_size=size), clock)
+        return rows[size]
+
+    advised = wanted = _advised_size(config.context_tokens, layout.cp)
+    # A smaller block saves activations; where weights and K/V alone are too much, none helps.
+    while not row(advised)["fits"] and advised > 1 and _bare(row(advised), clock) <= usable_memory(work, clock):
+        advised //= 2
+    largest = -(-config.context_tokens // PAPER_SHARE)
+    for size in (largest, MAX_DEFAULT_BLOCK_SIZE, wanted * 4, wanted * 2, wanted // 2, wanted // 4):
+        row(max(1, min(size, largest)))
+    return [{**rows[size], "advised": size == advised and rows[size]["fits"]} for size in sorted(rows, reverse=True)]
+
+
+def _bare(row: Row, clock: Clock) -> float:
+    """Bytes of a row's rank without activations."""
+    return row["weight_bytes_per_rank"] + row["kv_bytes_per_rank"] + clock.machine.process_bytes
+
+
+def _advised_size(context_tokens: int, cp: int) -> int:
+    largest = -(-context_tokens // PAPER_SHARE)
+    return max(
+        min(largest, MAX_DEFAULT_BLOCK_SIZE, -(-context_tokens // cp)),
+        min(largest, SMALLEST_BLOCK),
+    )
+
+
+def _row(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) -> Row:
+    work = workload(kind, config, model, layout)
+    try:
+        check_layout(model, work.layout, work.attention.kind)
+    except ValueError as error:
+        return {"kind": kind, "attention": work.attention.kind, "fits": False, "error": str(error)}
+    return row_of(kind, work, Clock(config.machine, config.efficiency))

@@ -1,0 +1,180 @@
+"""Seconds of a prefill and of a decoded token: work over the share of a machine's peak that is reached.
+
+The model has four constants (`EfficiencyConfig`), the same for every machine, model, kind and length. It counts what a
+rank computes, reads and exchanges; waiting for one another, imbalance between machines and Python are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nemo_star.flops import layer_weights, pair_flops, tokens_in_flight, widths
+from nemo_star.partition import Block
+from nemo_star.planning.config import EfficiencyConfig, LinkConfig, MachineConfig
+from nemo_star.planning.memory import kv_bytes, stage_layers
+from nemo_star.planning.work import RankWork, Workload, rank_attention_pairs, rank_work
+
+HIDDEN_PASSES, ROTARY_PASSES, GATE_PASSES = 42, 10, 5
+"""Reads and writes of memory that the layer's elementwise operations take, counted in elements of the model's type for
+each element of the hidden state (two norms that compute in float32: 2 * 18; two residual additions: 2 * 3), of
+queries and keys (rotary: two products, rotated halves, a sum) and of the FFN (activation 2, product 3)."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer for one block on one rank; `ffn` includes its activation, `exposed` is communication."""
+
+    qkv: float
+    attention: float
+    projection: float
+    ffn: float
+    other: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.qkv + self.attention + self.projection + self.ffn + self.other + self.exposed
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A machine with the shares of its peaks that are reached."""
+
+    machine: MachineConfig
+    efficiency: EfficiencyConfig
+
+    def devices(self, work: Workload) -> int:
+        """Devices that one rank computes with: a node's cores for dense attention on a CPU, else one."""
+        alone = work.attention.kind == "dense" and self.machine.dense_takes_node
+        return self.machine.devices_per_node if alone else 1
+
+    def matrix_seconds(self, work: Workload, tokens: int, elements: float) -> float:
+        """Tokens through a matrix, which has to be read, too: with few tokens that takes longer."""
+        computing = 2 * tokens * elements / (self._peak(work) * self.efficiency.gemm)
+        return max(computing, self.memory_seconds(work, elements * work.dtype_bytes))
+
+    def attention_seconds(self, work: Workload, flops: float) -> float:
+        return flops / (self._peak(work) * self.efficiency.attention)
+
+    def memory_seconds(self, work: Workload, size: float) -> float:
+        return size / (self.machine.memory_bandwidth * self.devices(work) * self.efficiency.memory)
+
+    def link(self, span: int) -> LinkConfig:
+        """What connects ranks of which the furthest are `span` apart."""
+        return self.machine.node_link if span <= self.machine.devices_per_node else self.machine.network_link
+
+    def exchange(self, size: float, ranks: int, span: int, *, steps: int = 1) -> float:
+        """A collective in which each rank moves `size` bytes, `steps` times through a tree of the ranks."""
+        if ranks == 1:
+            return 0.0
+        link = self.link(span)
+        latency = self.machine.collective_seconds + steps * math.ceil(math.log2(ranks)) * link.hop_seconds
+        return latency + size / (link.bandwidth * self.efficiency.link)
+
+    def all_reduce(self, size: float, ranks: int, span: int) -> float:
+        return self.exchange(2 * size * (ranks - 1) / ranks, ranks, span, steps=2)
+
+    def _peak(self, work: Workload) -> float:
+        peak = self.machine.peak_fp32_flops if work.dtype == "float32" else self.machine.peak_bf16_flops
+        return peak * self.devices(work)
+
+
+def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> LayerTime:
+    """One layer for one block of a rank."""
+    model, tp = work.model, work.layout.tp
+    tokens = tokens_in_flight(block, work.attention)
+    matrices = {
+        name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in layer_weights(model).items()
+    }
+    attention = clock.attention_seconds(work, pair_flops(model) * rank_attention_pairs(work, block) / tp)
+    query, kv = widths(model)
+    gate = GATE_PASSES * model.ffn_hidden_size / tp
+    other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (query + kv) / tp
+    gate_seconds, other_seconds = (
+        clock.memory_seconds(work, passes * tokens * work.dtype_bytes) for passes in (gate, other)
+    )
+    computing = sum(matrices.values()) + attention + gate_seconds + other_seconds
+    exposed = _tensor_parallel(work, clock, tokens) + _context_parallel(work, clock, rank, block, computing, attention)
+    return LayerTime(
+        matrices["qkv"],
+        attention,
+        matrices["projection"],
+        matrices["ffn"] + gate_seconds,
+        other_seconds + clock.machine.layer_seconds,
+        exposed,
+    )
+
+
+def prefill_seconds(work: Workload, clock: Clock) -> float:
+    """Seconds of the slowest rank: its blocks through its layers, after the stages before it have had the first one."""
+    stages = work.layout.pp
+    layers = stage_layers(work.model.num_layers, stages, 0)
+    slowest = 0.0
+    for rank in rank_work(work):
+        times = [(layers * layer_time(work, clock, rank, block).total, block, count) for block, count in rank.blocks]
+        if times:
+            passing, block, _ = max(times, key=lambda time: time[0])
+            size = tokens_in_flight(block, work.attention) * work.model.hidden_size * work.dtype_bytes
+            fill = (stages - 1) * (passing + clock.exchange(size, min(stages, 2), _pipeline_span(work)))
+            slowest = max(slowest, sum(seconds * count for seconds, _, count in times) + fill)
+    return slowest
+
+
+def decode_seconds(work: Workload, clock: Clock) -> float:
+    """Seconds of one token: weights and K/V read once, and what the collectives take. A lower bound on GPUs."""
+    model, layout = work.model, work.layout
+    query, _ = widths(model)
+    sharded = layout.cp if work.decode == "sharded" else 1
+    weights = layer_weights(model)
+    elements = weights["qkv"] + weights["projection"] + weights["ffn"] / sharded
+    head = model.vocab_size * model.hidden_size / layout.tp / sharded
+    read = (model.num_layers * elements / layout.tp + head) * work.dtype_bytes
+    tokens = max(rank.tokens for rank in rank_work(work))
+    read += sum(kv_bytes(work, stage, tokens) for stage in range(layout.pp))
+    hidden = model.hidden_size * work.dtype_bytes
+    span = layout.tp * layout.cp
+    layer = clock.machine.layer_seconds + clock.all_reduce(hidden, layout.tp, layout.tp)
+    layer += clock.all_reduce(hidden, layout.tp * sharded, layout.tp * sharded)
+    partial = (query + model.num_attention_heads) / layout.tp * 4  # float32 out and lse of each cp rank
+    layer += clock.exchange(partial * (layout.cp - 1), layout.cp, span)
+    choice = clock.exchange(16, span * layout.pp, span * layout.pp)  # token and "end" from the first rank to all
+    logits = clock.exchange(4 * model.vocab_size, layout.tp * sharded, layout.tp * sharded)
+    passing = (layout.pp - 1) * clock.exchange(hidden, 2, _pipeline_span(work))
+    passing += clock.exchange(4 * model.vocab_size, min(layout.pp, 2), _pipeline_span(work))
+    return clock.memory_seconds(work, read) + model.num_layers * layer + logits + passing + choice
+
+
+def _tensor_parallel(work: Workload, clock: Clock, tokens: int) -> float:
+    """The two all-reduces of a layer, which nothing hides."""
+    size = tokens * work.model.hidden_size * work.dtype_bytes
+    return 2 * clock.all_reduce(size, work.layout.tp, work.layout.tp)
+
+
+def _context_parallel(
+    work: Workload, clock: Clock, rank: RankWork, block: Block, computing: float, attention: float
+) -> float:
+    """What a layer waits for other cp ranks."""
+    cp, span = work.layout.cp, work.layout.tp * work.layout.cp
+    query, kv = (width / work.layout.tp * work.dtype_bytes for width in widths(work.model))
+    hidden_behind = 1.0 if clock.machine.overlaps else 0.0
+    if cp == 1:
+        return 0.0
+    if work.attention.kind == "ring":
+        hop = clock.exchange(2 * kv * block.tokens, 2, span)
+        return (cp - 1) * max(0.0, hop - hidden_behind * attention / cp)
+    if work.attention.kind == "ulysses":
+        share = block.tokens * (cp - 1) / cp
+        # KV heads fewer than ranks are sent to every rank that works on their queries.
+        copies = max(1.0, cp / (work.model.num_query_groups / work.layout.tp))
+        queries, keys = (clock.exchange(size * share, cp, span) for size in (query, kv * copies))
+        return 2 * queries + 2 * keys
+    if work.attention.kind == "star" and work.attention.anchor == "shared" and work.num_blocks > 1:
+        broadcast = clock.exchange(2 * kv * work.sizes[1], cp, span) / rank.num_blocks  # once for all of them
+        return max(0.0, broadcast - hidden_behind * computing)
+    return 0.0
+
+
+def _pipeline_span(work: Workload) -> int:
+    """Neighbouring stages lie tp * cp ranks apart; they share a node if all stages do."""
+    return work.layout.tp * work.layout.cp * work.layout.pp
