@@ -29,6 +29,7 @@ from nemo_star.launch import environment_world_size
 from nemo_star.memory import peak_memory_bytes, reset_peak_memory
 from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
 from nemo_star.pipeline import Stage
+from nemo_star.sequence_parallel import check_sequence_parallel
 from nemo_star.targets import check_target, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,8 @@ def run(config: BenchmarkConfig) -> int:
     if layout.dp > 1:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
-    initialize(config.parallel.timeout_minutes)
+    device = initialize(config.parallel.timeout_minutes)
+    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     model = ModelConfig(
         **dataclasses.asdict(config.model),
         kv_channels=config.model.hidden_size // config.model.num_attention_heads,
@@ -90,7 +92,9 @@ def _contender(
     for weight in built.parameters():
         values = torch.randn(weight.shape, generator=generator) * 0.02 + (1.0 if weight.dim() == 1 else 0.0)
         weight.data.copy_(values)
-    stage = Stage(built, build_rotary(model, device), groups.pp, model.vocab_size)
+    sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
+    rotary = build_rotary(model, device)
+    stage = Stage(built, rotary, groups.pp, model.vocab_size, sequence_parallel=sequence_parallel)
     return Contender(kind, attention, Engine(stage, state, groups, attention), layout)
 
 

@@ -34,7 +34,7 @@ class AttentionConfig:
     anchor: Literal["shared", "recompute"] = "shared"
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""
-    kernel: Literal["auto", "flash", "cpu", "math"] = "auto"
+    kernel: Literal["auto", "te", "flash", "cpu", "math"] = "auto"
 
     def __post_init__(self) -> None:
         if self.kind not in ATTENTION_KINDS:
@@ -75,6 +75,8 @@ class ParallelConfig:
     """None: all ranks that tp and pp leave over (for dense attention: 1)."""
     decode: Literal["replicated"] | None = None
     """How cp ranks divide decode: `replicated` runs the whole model on each, only attention is divided."""
+    sequence_parallel: bool = False
+    """Prefill on GPUs with tensor parallelism: hidden states are divided over the tp ranks between matrix products."""
     timeout_minutes: float = 30.0
     """A collective that waits longer ends the job."""
 

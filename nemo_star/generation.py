@@ -35,6 +35,7 @@ from nemo_star.memory import peak_memory_bytes
 from nemo_star.model import build_model, build_rotary, check_layout
 from nemo_star.pipeline import Stage
 from nemo_star.requests import Request
+from nemo_star.sequence_parallel import check_sequence_parallel
 
 
 def run(config: GenerateConfig) -> int:
@@ -45,6 +46,7 @@ def run(config: GenerateConfig) -> int:
     """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
     device = initialize(config.parallel.timeout_minutes)
+    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     groups = create_groups(layout, config.parallel.timeout_minutes)
     description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
     check_layout(description.model, layout, config.attention.kind)
@@ -76,7 +78,13 @@ def build_engine(
     model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)))
     rotary = build_rotary(description.model, device)
-    stage = Stage(model, rotary, groups.pp, description.model.vocab_size)
+    stage = Stage(
+        model,
+        rotary,
+        groups.pp,
+        description.model.vocab_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     return Engine(stage, state, groups, config.attention)
 
 

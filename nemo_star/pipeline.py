@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_star.attention import KVShape
 from nemo_star.distributed import all_gather
 from nemo_star.rotary import PositionRotaryEmbedding
+from nemo_star.sequence_parallel import SequenceParallel
 
 
 class Stage:
@@ -24,10 +25,17 @@ class Stage:
     Args:
         rotary: angles for the layers.
         vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
+        sequence_parallel: divide the hidden states of a context block over the tp ranks, where its length divides.
     """
 
     def __init__(
-        self, model: GPTModel, rotary: PositionRotaryEmbedding, pp_group: dist.ProcessGroup, vocab_size: int
+        self,
+        model: GPTModel,
+        rotary: PositionRotaryEmbedding,
+        pp_group: dist.ProcessGroup,
+        vocab_size: int,
+        *,
+        sequence_parallel: bool = False,
     ) -> None:
         self.model = model
         self.rotary = rotary
@@ -36,6 +44,7 @@ class Stage:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self._sending: tuple[dist.Work, Tensor] | None = None
+        self._sequence_parallel = SequenceParallel(model, model.tp_group.size() if sequence_parallel else 1)
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +68,8 @@ class Stage:
 
     def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
-        self._send_on(self._layers(input_ids, position_ids))
+        with self._sequence_parallel.over(input_ids.numel()):
+            self._send_on(self._layers(input_ids, position_ids))
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
         """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
@@ -86,7 +96,7 @@ class Stage:
         if self.is_first:
             hidden = self.model.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
         else:
-            self.model.set_input_tensor(self._receive(input_ids.numel()))
+            self.model.set_input_tensor(self._receive(self._sequence_parallel.length(input_ids.numel())))
         return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ class Stage:
         return logits[: self.vocab_size]
 
     def _receive(self, tokens: int) -> Tensor:
-        """[s, b, h] from the stage before, whose token ids are known here too."""
+        """[s, b, h] from the stage before, whose token ids are known here too (s: of this rank's hidden states)."""
         hidden = torch.empty(tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
         if tokens:
             dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)

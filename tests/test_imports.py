@@ -10,13 +10,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_star"
 ORDER = [
     {"config", "launch", "targets"},
-    {"cli", "distributed", "partition", "rotary", "memory"},
+    {"cli", "distributed", "partition", "rotary", "memory", "te_support"},
     {"attention.merge"},
+    {"attention.parts"},
+    {"attention.te"},
     {"attention.kernels", "cache"},
     {"attention.anchor"},
     {"attention.core"},
     {"attention.star", "attention.dense", "attention.ring", "attention.ulysses"},
     {"attention"},
+    {"layer_spec", "sequence_parallel"},
     {"model"},
     {"checkpoint"},
     {"pipeline", "sampling", "tokenizer"},
