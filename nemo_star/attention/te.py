@@ -2,7 +2,7 @@
 
 Prefill goes through the public `DotProductAttention`, which chooses between its backends itself. It never returns the
 log-sum-exp, so decode and ring call `fused_attn_fwd`, the function beneath it; group and merge stay ours
-(`cp_group=None`). Read in Transformer Engine 2.9 to 2.20, with the signatures recorded in tests/data/te_signatures.json:
+(`cp_group=None`). Read in Transformer Engine 2.9 to 2.20; tests/data/te_signatures.json records the signatures:
 
 - `fused_attn_fwd` returns `(out, aux, *more)`. `aux[0]` is cuDNN's softmax statistics, [b, np, sq, 1] float32: the
   maximum plus the logarithm of the sum, that is the log-sum-exp of the scaled scores (its docstring leaves the maximum
