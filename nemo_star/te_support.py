@@ -16,7 +16,7 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,10 @@ from typing import Literal
 from nemo_star.launch import warn
 
 OLDEST_TRANSFORMER_ENGINE = (2, 9)
+REPAIR = (
+    "To repair it: pip install 'transformer-engine[pytorch]'; to be rid of it: pip uninstall transformer-engine "
+    "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
+)
 _NVIDIA_APEX_PARTS = ("multi_tensor_apply", "normalization", "optimizers")
 
 
@@ -41,29 +45,25 @@ class TransformerEngine:
         """For a person, without a full stop."""
         if self.state == "absent":
             return "Transformer Engine is not installed"
-        release = f"Transformer Engine {self.version or '(unknown version)'}"
+        release = f"Transformer Engine {self.version}" if self.version else "Transformer Engine"
         if self.state == "working":
             return f"{release} works"
         return f"{release} is installed but not used: {self.reason}"
 
 
-def prepare_imports() -> None:
-    """Hide from Megatron what it would stumble over, and say so on rank 0; to be called before Megatron is imported.
+def prepare_imports(tell: Callable[[str], None] = warn) -> None:
+    """Hide from Megatron what it would stumble over, and say so (on rank 0); to be called before Megatron is imported.
 
     Calling it again changes nothing.
     """
     if not _is_hidden("apex"):
         problem = unrelated_apex()
         if problem:
-            warn(f"{problem}; it is hidden from Megatron in this process")
+            tell(f"{problem}; it is hidden from Megatron in this process")
         _hide(["apex"])  # NVIDIA's, too: of no use here, and its norm has no RMSNorm
     found = find_transformer_engine()
     if found.state == "broken":
-        warn(
-            f"{found.told()}. Going on with Megatron's own layers. To repair it: pip install "
-            "'transformer-engine[pytorch]'; to be rid of it: pip uninstall transformer-engine "
-            "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
-        )
+        tell(f"{found.told()}; going on without it, with Megatron's own layers. {REPAIR}")
     if found.state == "broken" or (found.state == "working" and not _has_cuda()):
         _hide(["transformer_engine", "transformer_engine_torch"])
 
@@ -110,8 +110,8 @@ def unrelated_apex() -> str | None:
         return None
     return (
         f"the installed package apex {installed_version('apex') or ''}".rstrip()
-        + " is not NVIDIA Apex but an unrelated web framework extension from PyPI, and breaks Megatron: "
-        "pip uninstall apex (nothing of NVIDIA's is needed in its place)"
+        + " is not NVIDIA Apex but PyPI's unrelated one, and Megatron would take it for NVIDIA's: pip uninstall apex "
+        "(nothing is needed in its place)"
     )
 
 

@@ -12,20 +12,26 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run_tool(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
-    """`python tools/...`, output captured."""
-    return _run([sys.executable, *map(str, arguments)], cwd, stdin, timeout)
+def run_tool(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300, packages=None):
+    """`python tools/...`, output captured; `packages` is a folder of packages to be found first."""
+    return _run([sys.executable, *map(str, arguments)], cwd, stdin, timeout, packages)
 
 
-def torchrun(processes: int, *arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
+def torchrun(
+    processes: int, *arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300, packages=None
+):
     """`torchrun --nproc-per-node N ...`, output captured."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return _run([*launcher, *map(str, arguments)], cwd, stdin, timeout)
+    return _run([*launcher, *map(str, arguments)], cwd, stdin, timeout, packages)
 
 
-def _run(command: list[str], cwd: Path | None, stdin: str, timeout: int):
+def _run(command: list[str], cwd: Path | None, stdin: str, timeout: int, packages: Path | None):
+    environment = ENVIRONMENT
+    if packages is not None:
+        paths = [str(packages), os.environ.get("PYTHONPATH", "")]
+        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
-        command, cwd=cwd, input=stdin, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, input=stdin, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

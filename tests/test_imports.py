@@ -28,7 +28,7 @@ ORDER = [
     {"answer"},
     {"frontdesk"},
     {"generation"},
-    {"flops"},
+    {"flops", "doctor"},
     {"evaluation", "benchmarking"},
 ]
 """Rooms of the way, first to last; a package's name stands for its modules that are not named themselves."""

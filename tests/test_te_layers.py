@@ -1,23 +1,17 @@
 """Megatron's Transformer Engine layers with our attention, on a stand-in for Transformer Engine."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from launch import ENVIRONMENT, ROOT
+from launch import ROOT, run_tool
 from test_te_kernel import RELEASES, signature
 
 
 @pytest.fixture(scope="module")
 def report(tiny):
     """What tests/te_layers.py found with the stand-in on the path."""
-    paths = [str(ROOT / "tests/fake_transformer_engine"), os.environ.get("PYTHONPATH", "")]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, ROOT / "tests/te_layers.py", tiny]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_tool(ROOT / "tests/te_layers.py", tiny, packages=ROOT / "tests/fake_transformer_engine")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
