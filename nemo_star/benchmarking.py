@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +24,12 @@ from nemo_star.distributed import Groups, Layout, create_groups, gather_objects,
 from nemo_star.engine import Engine
 from nemo_star.flops import prefill_flops
 from nemo_star.launch import environment_world_size
+from nemo_star.machine import machine
 from nemo_star.memory import peak_memory_bytes, reset_peak_memory
 from nemo_star.model import ModelConfig, build_model, build_rotary, check_layout
 from nemo_star.pipeline import Stage
 from nemo_star.sequence_parallel import check_sequence_parallel
 from nemo_star.targets import check_target, write_whole
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
@@ -158,8 +155,7 @@ def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model
         **{key: statistics.median(sample[key] for sample in samples) for key in samples[0]},
         "prefill_flops": prefill_flops(model, partition, attention) if partition else None,
         "repeats": len(samples),
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device_name()}",
+        **machine(),
     }
 
 
@@ -182,26 +178,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _write(output: str | None, rows: Sequence[dict[str, Any]]) -> None:
     if output is not None:
         write_whole(Path(output), lambda file: file.write_text(json.dumps(rows, indent=2) + "\n"))
-
-
-def _commit() -> str | None:
-    """The project's commit, with a plus where the working tree differs; None outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()

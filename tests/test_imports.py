@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_star"
 ORDER = [
     {"config", "launch", "targets"},
-    {"cli", "distributed", "partition", "rotary", "memory", "te_support"},
+    {"cli", "distributed", "partition", "rotary", "memory", "machine", "te_support"},
     {"attention.merge"},
     {"attention.parts"},
     {"attention.te"},
@@ -29,7 +29,7 @@ ORDER = [
     {"frontdesk"},
     {"generation"},
     {"flops", "doctor"},
-    {"evaluation", "benchmarking"},
+    {"evaluation", "benchmarking", "kernel_benchmarking"},
 ]
 """Rooms of the way, first to last; a package's name stands for its modules that are not named themselves."""
 
