@@ -25,8 +25,8 @@ from nemo_star.launch import warn
 
 OLDEST_TRANSFORMER_ENGINE = (2, 9)
 REPAIR = (
-    "To repair it: pip install 'transformer-engine[pytorch]'; to be rid of it: pip uninstall transformer-engine "
-    "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
+    "To repair it: pip install --no-build-isolation 'transformer-engine[pytorch]'; to be rid of it: pip uninstall "
+    "transformer-engine transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
 )
 _NVIDIA_APEX_PARTS = ("multi_tensor_apply", "normalization", "optimizers")
 
@@ -64,7 +64,7 @@ def prepare_imports(tell: Callable[[str], None] = warn) -> None:
     found = find_transformer_engine()
     if found.state == "broken":
         tell(f"{found.told()}; going on without it, with Megatron's own layers. {REPAIR}")
-    if found.state == "broken" or (found.state == "working" and not _has_cuda()):
+    if found.state == "broken" or (found.state == "working" and not _has_its_device()):
         _hide(["transformer_engine", "transformer_engine_torch"])
 
 
@@ -79,7 +79,7 @@ def find_transformer_engine() -> TransformerEngine:
     if _is_hidden("transformer_engine"):
         if version is None:
             return TransformerEngine("absent")
-        why = "its import failed in this process" if _has_cuda() else "there is no CUDA device"
+        why = "its import failed" if _has_its_device() else "there is no GPU that it runs on (Ampere or later)"
         return TransformerEngine("hidden", version, why)
     if importlib.util.find_spec("transformer_engine") is None:
         return TransformerEngine("absent")
@@ -123,10 +123,11 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def _has_cuda() -> bool:
+def _has_its_device() -> bool:
+    """Whether this process's GPU is of a generation that Transformer Engine runs on."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _is_hidden(name: str) -> bool:

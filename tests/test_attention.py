@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from nemo_star.attention import kernels as kernels_module
 from nemo_star.attention.kernels import get_kernel
 from nemo_star.attention.merge import merge_partials
+from nemo_star.te_support import find_transformer_engine
 
 
 def reference(q, k, v, scale, causal):
@@ -81,6 +83,30 @@ def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
     with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: cpu, math"):
         get_kernel("flash", torch.device("cpu"), torch.float32)
     assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "loaded", "expected"),
+    [
+        (torch.bfloat16, (9, 0), True, ["te", "flash", "math"]),
+        (torch.float16, (8, 0), False, ["flash", "math"]),
+        (torch.bfloat16, (7, 5), False, ["math"]),
+        (torch.float32, (9, 0), True, ["math"]),
+    ],
+)
+def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, loaded, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels_module, "is_loaded", lambda: loaded)
+    device = torch.device("cuda")
+    assert kernels_module.kernels_that_run(device, dtype) == expected
+    assert get_kernel("auto", device, dtype).name == expected[0]
+
+
+def test_why_transformer_engine_does_not_run_is_said():
+    told = r"attention.kernel=te does not run on cpu .* \(Transformer Engine is not installed\); these do: cpu, math"
+    if find_transformer_engine().state == "absent":
+        with pytest.raises(ValueError, match=told):
+            get_kernel("te", torch.device("cpu"), torch.bfloat16)
 
 
 def test_merge_of_parts_is_attention_over_all_keys():

@@ -63,7 +63,7 @@ def test_the_doctor_names_them_and_says_that_the_project_runs(broken):
     lines = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
     assert "PyPI's unrelated one" in lines["Apex"]
     assert MISSING in lines["Transformer Engine"]
-    assert "pip install 'transformer-engine[pytorch]'" in lines["Transformer Engine"]
+    assert "pip install --no-build-isolation 'transformer-engine[pytorch]'" in lines["Transformer Engine"]
     assert lines["Megatron-core"][0].isdigit()
     assert "attention kernel " in lines["will run"]
 

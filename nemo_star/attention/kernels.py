@@ -114,10 +114,11 @@ _KERNELS: dict[str, type[Kernel]] = {"math": MathKernel, "cpu": CpuKernel, "flas
 
 def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of the kernels that run on this device with this type, the one to prefer first."""
-    on_cuda = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = fits and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, for both
     runs = {
-        "te": on_cuda and is_loaded(),
-        "flash": on_cuda,
+        "te": fits and is_loaded(),
+        "flash": fits,
         "cpu": device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16),
         "math": True,
     }
