@@ -4,6 +4,7 @@ A kernel in 16 bits may be off a float64 oracle by at most twice what torch's ow
 """
 
 import json
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from test_golden import CASES, FEW, MOST_TOKENS, TOLERANCE, check, run_cases, se
 
 from nemo_star.attention.kernels import get_kernel
 from nemo_star.cache import KVCache
-from nemo_star.te_support import find_transformer_engine
 
 KERNELS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("math", "flash", "te"))]
 SHAPES = [(1, 1), (7, 7), (1, 300), (33, 97), (64, 192), (256, 256), (128, 1024)]
@@ -24,11 +24,14 @@ LEAST_ALLOWED = 1e-4
 
 
 @pytest.fixture(params=KERNELS)
-def kernel_on(request):
+def kernel_on(request, monkeypatch, transformer_engine):
     """(kernel, its device)."""
     device = torch.device("cpu" if request.param == "cpu" else "cuda")
-    if request.param == "te" and (found := find_transformer_engine()).state != "working":
-        pytest.skip(found.told())
+    if request.param == "te":
+        found, package = transformer_engine
+        if found.state != "working":
+            pytest.skip(found.told())
+        monkeypatch.setitem(sys.modules, "transformer_engine", package)
     return get_kernel(request.param, device, torch.bfloat16), device
 
 
@@ -162,10 +165,10 @@ def check_ranks(checkpoint, folder, processes, layouts, gpu):
 
 
 @pytest.mark.gpu
-def test_transformer_engine_layers_and_megatrons_own_agree(tiny, tmp_path, golden_logits):
+def test_transformer_engine_layers_and_megatrons_own_agree(tiny, tmp_path, golden_logits, transformer_engine):
     """One checkpoint in bfloat16: Transformer Engine's layers and kernel err at most twice as much as without it."""
-    if (found := find_transformer_engine()).state != "working":
-        pytest.skip(found.told())
+    if transformer_engine[0].state != "working":
+        pytest.skip(transformer_engine[0].told())
     hidden = tmp_path / "packages"
     (hidden / "transformer_engine").mkdir(parents=True)
     (hidden / "transformer_engine/__init__.py").write_text("raise ImportError('left out by a test')")
