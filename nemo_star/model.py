@@ -189,7 +189,8 @@ def build_model(
         parallel_output=True,
         pg_collection=groups,
     )
-    return built.eval().requires_grad_(False)
+    # Megatron's own norms come in float32 whatever `params_dtype` says: slower, and a stage takes its type from them.
+    return built.to(dtype).eval().requires_grad_(False)
 
 
 def build_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbedding:

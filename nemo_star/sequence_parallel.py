@@ -62,7 +62,7 @@ class SequenceParallel:
     @contextmanager
     def over(self, tokens: int) -> Iterator[None]:
         """Run the stage on a sequence of so many tokens: with sequence parallelism if it divides, else without."""
-        self._switch(self.tp > 1 and tokens % self.tp == 0)
+        self._switch(self.tp > 1 and tokens > 0 and tokens % self.tp == 0)
         try:
             yield
         finally:

@@ -18,12 +18,13 @@ from nemo_star.generation import build_engine
 from nemo_star.launch import run_as_tool
 
 
-def run(checkpoint, block_size, sequence_parallel):
+def run(checkpoint, block_size, sequence_parallel, dtype="float32"):
     """(K/V cached by this rank's first layer, logits on the first rank, lengths of hidden states before the layers)."""
     values = {
         "checkpoint": checkpoint,
         "context": "-",
         "query": "-",
+        "dtype": dtype,
         "attention": {"block_size": block_size},
         "parallel": {
             "tensor_model_parallel_size": 2,
@@ -63,6 +64,13 @@ def main(checkpoint, output):
             "lengths": gather_objects(lengths),
             "divided": gather_objects(divided),
         }
+    (cached, _, _), (same_cached, _, _) = (run(checkpoint, 32, wanted, "bfloat16") for wanted in (False, True))
+    report["bfloat16"] = {
+        "types": sorted({str(x.dtype) for row in gather_objects(cached) for x in row}),
+        "difference": max(
+            gather_objects(max(float((a - b).abs().max()) for a, b in zip(cached, same_cached, strict=True)))
+        ),
+    }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(report))
     return 0

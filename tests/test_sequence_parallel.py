@@ -12,6 +12,9 @@ def test_sequence_parallel_changes_nothing_but_who_holds_what(tiny, tmp_path):
     done = torchrun(4, ROOT / "tests/sequence_parallel.py", tiny, tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
+    in_16_bits = report.pop("bfloat16")
+    assert in_16_bits["types"] == ["torch.bfloat16"]
+    assert in_16_bits["difference"] < 0.1
     query_and_token = [3, 1]
     blocks = {"32": [32, 32, 32, 4], "33": [33, 33, 33, 1]}
     halves = {"32": [16, 16, 16, 2], "33": [33, 33, 33, 1]}
