@@ -1,6 +1,7 @@
 # make install   .venv with the project, its dependencies and the development tools
 # make demo      ask a long document questions: Star Attention on two ranks, then dense attention
 # make test      linters, type checker, tests
+# make doctor    what is installed, what works, which attention kernel would run
 #
 # PIP_OPTIONS reaches every pip call. For PyTorch's CPU build without CUDA packages, where PyPI's would bring them:
 #   make install PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo_checkpoint
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test test-all check format doctor clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -47,6 +48,9 @@ test: check
 # The slow ones, too: every recorded case at every layout.
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+
+doctor: $(STAMP)
+	$(BIN)/python tools/doctor.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -33,6 +33,7 @@ def build_engine() -> Engine:
         num_query_groups=2,
         normalization="RMSNorm",
         use_cpu_initialization=True,
+        transformer_impl="local",  # on a GPU with Transformer Engine: leave it, and give 16-bit types
         cuda_graph_scope=[],
     )
     # One state, shared by the layers (through the spec) and the engine that steers them.

@@ -34,7 +34,7 @@ class AttentionConfig:
     anchor: Literal["shared", "recompute"] = "shared"
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""
-    kernel: Literal["auto", "flash", "cpu", "math"] = "auto"
+    kernel: Literal["auto", "te", "flash", "cpu", "math"] = "auto"
 
     def __post_init__(self) -> None:
         if self.kind not in ATTENTION_KINDS:
@@ -76,6 +76,8 @@ class ParallelConfig:
     decode: Literal["replicated", "sharded"] | None = None
     """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
     on each. None: `sharded` where an estimate says that it pays."""
+    sequence_parallel: bool = False
+    """Prefill on GPUs with tensor parallelism: hidden states are divided over the tp ranks between matrix products."""
     timeout_minutes: float = 30.0
     """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
 

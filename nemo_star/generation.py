@@ -37,6 +37,7 @@ from nemo_star.pipeline import Stage
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.work import Workload
 from nemo_star.requests import Request
+from nemo_star.sequence_parallel import check_sequence_parallel
 from nemo_star.shape import Layout, check_layout, plan_layout
 from nemo_star.watchdog import Watchdog, watchdog_of_this_job
 
@@ -52,6 +53,7 @@ def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory
     """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
     device = initialize()
+    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
         return _answer_all(config, layout, device, watchdog=watchdog, free=free_memory(device))
 
@@ -111,7 +113,14 @@ def build_engine(
     load_weights(model, Path(str(config.checkpoint)))
     install(model, state)
     rotary = build_rotary(description.model, device)
-    stage = Stage(model, rotary, groups.pp, description.model.vocab_size, decode_group=state.decode_group)
+    stage = Stage(
+        model,
+        rotary,
+        groups.pp,
+        description.model.vocab_size,
+        decode_group=state.decode_group,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     return Engine(stage, state, groups, config.attention)
 
 

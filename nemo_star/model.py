@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -18,6 +17,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.nn import functional as F
 
 from nemo_star.attention import ATTENTION, AttentionState
+from nemo_star.layer_spec import gpt_layer_spec, implementation_for
 from nemo_star.rotary import PositionRotaryEmbedding
 from nemo_star.shape import ModelConfig
 
@@ -49,6 +49,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration for inference of `model`; nothing is initialised, a checkpoint follows."""
     stages = groups.pp.size()
+    implementation = implementation_for(device, dtype)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -63,7 +64,7 @@ def transformer_config(
         add_bias_linear=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=implementation == "transformer_engine",  # its kernel takes [s, 1, 1, dim] angles as given
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -75,6 +76,7 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=device.type == "cpu",
         cuda_graph_scope=[],
+        transformer_impl=implementation,
     )
 
 
@@ -86,7 +88,7 @@ def star_layer_spec(config: TransformerConfig, state: AttentionState, kind: str 
         state: shared by all layers built from the spec, steered by the engine.
         kind: star, dense, ring or ulysses.
     """
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    spec = gpt_layer_spec(config)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(ATTENTION[kind], state=state)
     return spec
@@ -136,7 +138,8 @@ def build_model(
         parallel_output=True,
         pg_collection=groups,
     )
-    return built.eval().requires_grad_(False)
+    # Megatron's own norms come in float32 whatever `params_dtype` says: slower, and a stage takes its type from them.
+    return built.to(dtype).eval().requires_grad_(False)
 
 
 def build_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbedding:

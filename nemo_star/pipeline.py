@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nemo_star.attention import KVShape
 from nemo_star.distributed import all_gather
 from nemo_star.rotary import PositionRotaryEmbedding
+from nemo_star.sequence_parallel import SequenceParallel
 
 
 class Stage:
@@ -26,6 +27,7 @@ class Stage:
         rotary: angles for the layers.
         vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
         decode_group: tp x cp, tp fastest, whose ranks divide the head; None: each cp rank computes all of it.
+        sequence_parallel: divide the hidden states of a context block over the tp ranks, where its length divides.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Stage:
         vocab_size: int,
         *,
         decode_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         self.model = model
         self.rotary = rotary
@@ -45,6 +48,7 @@ class Stage:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self._sending: tuple[dist.Work, Tensor] | None = None
+        self._sequence_parallel = SequenceParallel(model, model.tp_group.size() if sequence_parallel else 1)
 
     @property
     def is_first(self) -> bool:
@@ -68,10 +72,11 @@ class Stage:
 
     def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
-        if input_ids.numel():
-            self._send_on(self._layers(input_ids, position_ids))
-        else:
+        if not input_ids.numel():
             self._attend_without_tokens()
+            return
+        with self._sequence_parallel.over(input_ids.numel()):
+            self._send_on(self._layers(input_ids, position_ids))
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
         """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
@@ -98,7 +103,7 @@ class Stage:
         if self.is_first:
             hidden = self.model.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
         else:
-            self.model.set_input_tensor(self._receive(input_ids.numel()))
+            self.model.set_input_tensor(self._receive(self._sequence_parallel.length(input_ids.numel())))
         return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
 
     def _attend_without_tokens(self) -> None:
@@ -141,7 +146,7 @@ class Stage:
         return by_tp.reshape(tp_size, -1)[:, :rows].flatten()[: self.vocab_size]
 
     def _receive(self, tokens: int) -> Tensor:
-        """[s, b, h] from the stage before, whose token ids are known here too."""
+        """[s, b, h] from the stage before, whose token ids are known here too (s: of this rank's hidden states)."""
         hidden = torch.empty(tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
         dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
         return hidden

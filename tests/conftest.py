@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,24 @@ def groups():
 
     initialize_alone()
     return create_groups(Layout(tp=1, cp=1, dp=1, pp=1))
+
+
+def pytest_configure():
+    """Models in the test process are on CPU: Megatron goes without Transformer Engine there, where one is installed."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        sys.modules["transformer_engine"] = None
+
+
+@pytest.fixture(scope="session")
+def transformer_engine():
+    """(what was found, the package): for kernels, which want no Megatron; hidden again outside of them."""
+    from nemo_star.te_support import find_transformer_engine
+
+    hidden = sys.modules.pop("transformer_engine", "nothing hidden") is None
+    found, package = find_transformer_engine(), sys.modules.get("transformer_engine")
+    if hidden:
+        sys.modules["transformer_engine"] = None
+    return found, package
 
 
 def pytest_collection_modifyitems(items):

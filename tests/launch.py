@@ -9,33 +9,50 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""Tools run on CPU, also on a machine with GPUs: there may be fewer of them than ranks in a test."""
 
 
-def run_tool(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
-    """`python tools/...`, output captured."""
-    return _run([sys.executable, *map(str, arguments)], cwd, stdin, timeout)
+def run_tool(*arguments: object, **options):
+    """`python tools/...`, output captured; options as for `torchrun`."""
+    return _run([sys.executable, *map(str, arguments)], **options)
 
 
-def torchrun(processes: int, *arguments: object, cwd: Path | None = None, stdin: str = "", timeout: int = 300):
-    """`torchrun --nproc-per-node N ...`, output captured."""
+def torchrun(processes: int, *arguments: object, **options):
+    """`torchrun --nproc-per-node N ...`, output captured.
+
+    Options: cwd; stdin, a text; timeout in seconds; gpu, to let the processes see GPUs; packages, a folder of packages
+    that are found before the installed ones.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return _run([*launcher, *map(str, arguments)], cwd, stdin, timeout)
+    return _run([*launcher, *map(str, arguments)], **options)
 
 
-def _run(command: list[str], cwd: Path | None, stdin: str, timeout: int):
+def _run(
+    command: list[str],
+    *,
+    cwd: Path | None = None,
+    stdin: str = "",
+    timeout: int = 300,
+    gpu: bool = False,
+    packages: Path | None = None,
+):
+    environment = dict(os.environ if gpu else ENVIRONMENT)
+    if packages is not None:
+        paths = [str(packages), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.run(
-        command, cwd=cwd, input=stdin, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, input=stdin, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
-def generate_many(processes: int, runs: list[list[str]], folder: Path) -> list[dict]:
-    """Run tools/generate.py with each of `runs` (argument lists) in one launch.
+def generate_many(processes: int, runs: list[list[str]], folder: Path, **options) -> list[dict]:
+    """Run tools/generate.py with each of `runs` (argument lists) in one launch; options as for `torchrun`.
 
     Returns per run {"code", "error", "stderr"}, the last being rank 0's.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(processes, ROOT / "tests/run_generate.py", folder / "runs.json", timeout=600)
+    done = torchrun(processes, ROOT / "tests/run_generate.py", folder / "runs.json", **{"timeout": 600, **options})
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "runs.json.results").read_text())
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from nemo_star.attention import kernels as kernels_module
 from nemo_star.attention.kernels import get_kernel
 from nemo_star.attention.merge import merge_partials
+from nemo_star.te_support import find_transformer_engine
 
 
 def reference(q, k, v, scale, causal):
@@ -78,9 +80,33 @@ def test_bfloat16_is_as_good_as_torch(causal):
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
-    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: math, cpu"):
+    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: cpu, math"):
         get_kernel("flash", torch.device("cpu"), torch.float32)
     assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "loaded", "expected"),
+    [
+        (torch.bfloat16, (9, 0), True, ["te", "flash", "math"]),
+        (torch.float16, (8, 0), False, ["flash", "math"]),
+        (torch.bfloat16, (7, 5), False, ["math"]),
+        (torch.float32, (9, 0), True, ["math"]),
+    ],
+)
+def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, loaded, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels_module, "is_loaded", lambda: loaded)
+    device = torch.device("cuda")
+    assert kernels_module.kernels_that_run(device, dtype) == expected
+    assert get_kernel("auto", device, dtype).name == expected[0]
+
+
+def test_why_transformer_engine_does_not_run_is_said():
+    told = r"attention.kernel=te does not run on cpu .* \(Transformer Engine is not installed\); these do: cpu, math"
+    if find_transformer_engine().state == "absent":
+        with pytest.raises(ValueError, match=told):
+            get_kernel("te", torch.device("cpu"), torch.bfloat16)
 
 
 def test_merge_of_parts_is_attention_over_all_keys():
@@ -110,29 +136,3 @@ def test_merge_with_empty_parts():
     out, lse = merge_partials(outs, torch.stack([empty, empty]).view(2, 1, 1, 1))
     assert torch.equal(out, torch.zeros(1, 1, 1, 4))
     assert lse.item() == float("-inf")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("sq", "sk"), SHAPES)
-def test_flash_is_as_good_as_torch(dtype, sq, sk):
-    """At most twice the error of torch's own attention in the same type against float32 (and never below 1e-3)."""
-    kernel = get_kernel("flash", torch.device("cuda"), dtype)
-    q, k, v = inputs(sq, sk, dtype=dtype, device="cuda")
-    exact, exact_lse = reference(q.cpu(), k.cpu(), v.cpu(), 0.25, True)
-    mask = torch.ones(sq, sk, dtype=torch.bool, device="cuda").tril(sk - sq)
-    batch_first = [x.permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
-    own = torch.nn.functional.scaled_dot_product_attention(*batch_first, attn_mask=mask, scale=0.25)
-    allowed = max(2 * (own.permute(2, 0, 1, 3).cpu().double() - exact).abs().max().item(), 1e-3)
-    out, lse = kernel.decode(q, k, v, 0.25, True)
-    assert (out.cpu().double() - exact).abs().max() <= allowed
-    assert (lse.cpu().double() - exact_lse).abs().max() <= 1e-2
-    assert (kernel.prefill(q, k, v, 0.25).cpu().double() - exact).abs().max() <= allowed
-
-
-@pytest.mark.gpu
-def test_flash_over_no_keys():
-    q, k, v = inputs(3, 0, dtype=torch.bfloat16, device="cuda")
-    out, lse = get_kernel("flash", q.device, q.dtype).decode(q, k, v, 0.3, False)
-    assert not out.any()
-    assert lse.isneginf().all()

@@ -52,8 +52,11 @@ def settings(case, layout=(1, 1, None), **changes):
     return overrides
 
 
-def run_cases(processes, labelled, checkpoint, folder):
-    """Run [(label, overrides, case)] in one launch, cases of like overrides in one file -> {label: (line, logits)}."""
+def run_cases(processes, labelled, checkpoint, folder, **options):
+    """Run [(label, overrides, case)] in one launch, cases of like overrides in one file -> {label: (line, logits)}.
+
+    Options as for `launch.torchrun`.
+    """
     runs, files = [], []
     grouped = itertools.groupby(sorted(labelled, key=lambda item: item[1]), key=lambda item: item[1])
     for number, (overrides, items) in enumerate(grouped):
@@ -66,7 +69,7 @@ def run_cases(processes, labelled, checkpoint, folder):
         paths = [f"checkpoint={checkpoint}", f"input={source}", f"output={out}", f"output_logits={logits}"]
         runs.append([*paths, *overrides, "inference.ignore_eos=true"])
         files.append((out, logits))
-    results = generate_many(processes, runs, folder)
+    results = generate_many(processes, runs, folder, **options)
     assert [result["code"] for result in results] == [0] * len(runs), results
     answers = {}
     for out, logits_file in files:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from nemo_star.cli import compose
 from nemo_star.config import BenchmarkConfig
 from nemo_star.launch import run_as_tool
+from nemo_star.te_support import prepare_imports
 
 
 def main(arguments: Sequence[str]) -> int:
     config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output", "plot"))
     if config is None:
         return 0
+    prepare_imports()
     from nemo_star.benchmarking.run import run  # only now: importing Megatron takes seconds
 
     return run(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemo_star.config import DTYPES
 from nemo_star.launch import run_as_tool
+from nemo_star.te_support import prepare_imports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    prepare_imports()
     # Only now: importing Megatron takes seconds.
     import torch
 

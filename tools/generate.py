@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from nemo_star.cli import compose
 from nemo_star.config import GenerateConfig
 from nemo_star.launch import run_as_tool
+from nemo_star.te_support import prepare_imports
 
 LITERAL_KEYS = (
     "checkpoint",
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL_KEYS)
     if config is None:
         return 0
+    prepare_imports()
     from nemo_star.generation import run  # only now: importing Megatron takes seconds
 
     return run(config)

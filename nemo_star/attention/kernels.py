@@ -21,7 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nemo_star.attention.merge import merge_partials
+from nemo_star.attention.parts import decode_by_parts, no_keys
+from nemo_star.attention.te import TEKernel
+from nemo_star.te_support import find_transformer_engine, is_loaded
 
 aten = torch.ops.aten
 
@@ -32,11 +34,6 @@ class Kernel(Protocol):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]: ...
-
-
-def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The result over no keys."""
-    return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
 
 
 class MathKernel:
@@ -50,7 +47,7 @@ class MathKernel:
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         sq, sk, repeats = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
         if sk == 0:
-            return _empty(q)
+            return no_keys(q)
         keys, values = (x.float().repeat_interleave(repeats, dim=2) for x in (k, v))
         scores = torch.einsum("qbnh,kbnh->bnqk", q.float(), keys) * scale
         if causal:
@@ -64,8 +61,8 @@ class MathKernel:
 class CpuKernel:
     """torch's flash attention for CPU: float32 or bfloat16, grouped queries without repeating K/V.
 
-    Its `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: so keys before the last
-    sq are a part of their own, unmasked, and no part without keys is computed.
+    Its `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: `decode_by_parts` asks
+    for neither.
     """
 
     name = "cpu"
@@ -76,16 +73,7 @@ class CpuKernel:
         return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        sq, sk = q.shape[0], k.shape[0]
-        if sk == 0:
-            return _empty(q)
-        if not causal or sq == 1:
-            return _cpu_flash_folded(q, k, v, scale)
-        own_out, own_lse = _cpu_flash(q, k[sk - sq :], v[sk - sq :], scale, causal=True)
-        if sk == sq:
-            return own_out.float(), own_lse
-        past_out, past_lse = _cpu_flash_folded(q, k[: sk - sq], v[: sk - sq], scale)
-        return merge_partials(torch.stack((past_out, own_out.float())), torch.stack((past_lse, own_lse)))
+        return decode_by_parts(_cpu_flash, q, k, v, scale, causal=causal)
 
 
 def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -93,21 +81,6 @@ def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> t
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()
-
-
-def _cpu_flash_folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Unmasked attention with the query heads of a group folded into the query length.
-
-    K/V are then read once per group instead of once per query head: in decode, where reading them is all the work, the
-    difference is the group's size.
-    """
-    sq, b, heads, hn = q.shape
-    ng = k.shape[2]
-    folded = q.view(sq, b, ng, heads // ng, hn).permute(0, 3, 1, 2, 4).reshape(sq * (heads // ng), b, ng, hn)
-    out, lse = _cpu_flash(folded, k, v, scale, causal=False)
-    out = out.reshape(sq, heads // ng, b, ng, hn).permute(0, 2, 3, 1, 4).reshape(sq, b, heads, hn)
-    lse = lse.reshape(sq, heads // ng, b, ng).permute(0, 2, 3, 1).reshape(sq, b, heads)
-    return out.float(), lse
 
 
 class FlashKernel:
@@ -123,7 +96,7 @@ class FlashKernel:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         if k.shape[0] == 0:
-            return _empty(q)
+            return no_keys(q)
         out, lse = _cuda_flash(q, k, v, scale, causal and q.shape[0] > 1)
         return out.float(), lse
 
@@ -136,23 +109,34 @@ def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> 
     return out.transpose(0, 1), lse.permute(2, 0, 1)
 
 
-_KERNELS: dict[str, type[Kernel]] = {"math": MathKernel, "cpu": CpuKernel, "flash": FlashKernel}
+_KERNELS: dict[str, type[Kernel]] = {"math": MathKernel, "cpu": CpuKernel, "flash": FlashKernel, "te": TEKernel}
+
+
+def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of the kernels that run on this device with this type, the one to prefer first."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = fits and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, for both
+    runs = {
+        "te": fits and is_loaded(),
+        "flash": fits,
+        "cpu": device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16),
+        "math": True,
+    }
+    return [name for name, possible in runs.items() if possible]
 
 
 def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel called `name`; `auto` takes the fastest that runs on this device with this type.
+    """The kernel called `name`; `auto` takes the first of `kernels_that_run`.
 
     Raises:
         ValueError: the kernel cannot run there; the message says which can.
     """
-    runs = {
-        "math": True,
-        "cpu": device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16),
-        "flash": device.type == "cuda" and dtype in (torch.bfloat16, torch.float16),
-    }
+    can = kernels_that_run(device, dtype)
     if name == "auto":
-        name = next(kind for kind in ("flash", "cpu", "math") if runs[kind])
-    if name not in runs or not runs[name]:
-        can = ", ".join(kind for kind, possible in runs.items() if possible)
-        raise ValueError(f"attention.kernel={name} does not run on {device.type} with {dtype}; these do: {can}")
+        name = can[0]
+    if name not in can:
+        why = "" if name != "te" or is_loaded() else f" ({find_transformer_engine().told()})"
+        raise ValueError(
+            f"attention.kernel={name} does not run on {device.type} with {dtype}{why}; these do: {', '.join(can)}"
+        )
     return _KERNELS[name]()

@@ -148,7 +148,9 @@ def build_contenders(
         sharded = is_sharded(kind.decode or config.parallel.decode, model, layout, dtype, device)
         engine = None
         if not single or dist.get_rank() == 0:
-            engine = _engine(attention, model, place, sharded=sharded, dtype=dtype, device=device, drawn=drawn)
+            divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
+            options = {"sharded": sharded, "sequence_parallel": divided}
+            engine = _engine(attention, model, place, drawn, dtype=dtype, device=device, **options)
         facts = (kind, attention, layout, dtype, sharded)
         if kind.attention == "transformers":
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
@@ -161,11 +163,12 @@ def _engine(
     attention: AttentionConfig,
     model: ModelConfig,
     place: tuple[Layout, Groups],
+    drawn: dict[Layout, Weights],
     *,
-    sharded: bool,
     dtype: torch.dtype,
     device: torch.device,
-    drawn: dict[Layout, Weights],
+    sharded: bool,
+    sequence_parallel: bool,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     layout, groups = place
@@ -180,7 +183,10 @@ def _engine(
     for name, weight in built.named_parameters():
         weight.data = drawn[parts][name]
     install(built, state)
-    stage = Stage(built, build_rotary(model, device), groups.pp, model.vocab_size, decode_group=decode_group)
+    rotary = build_rotary(model, device)
+    stage = Stage(
+        built, rotary, groups.pp, model.vocab_size, decode_group=decode_group, sequence_parallel=sequence_parallel
+    )
     return Engine(stage, state, groups, attention)
 
 

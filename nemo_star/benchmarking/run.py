@@ -13,11 +13,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_contenders, counted
-from nemo_star.benchmarking.machine import commit, machine
 from nemo_star.benchmarking.report import check_plots, draw, table
 from nemo_star.config import BenchmarkConfig
 from nemo_star.distributed import create_groups, gather_objects, initialize, on_first_rank
 from nemo_star.launch import environment_world_size
+from nemo_star.machine import machine
+from nemo_star.sequence_parallel import check_sequence_parallel
 from nemo_star.shape import Layout, ModelConfig, plan_layout
 from nemo_star.targets import check_target, write_whole
 from nemo_star.watchdog import Watchdog, watchdog_of_this_job
@@ -31,7 +32,8 @@ def run(config: BenchmarkConfig) -> int:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
     check_plots(config.plot)
-    initialize()
+    device = initialize()
+    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
         rows = _compare(config, layout, watchdog)
     if dist.get_rank() == 0:
@@ -96,8 +98,7 @@ def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model
         **counted(contender, model, tokens),
         **{key: statistics.median(sample[key] for sample in samples) for key in samples[0]},
         "repeats": len(samples),
-        "commit": commit(),
-        "machine": machine(),
+        **machine(),
     }
 
 

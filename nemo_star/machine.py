@@ -1,4 +1,4 @@
-"""Where a measurement was made: commit and machine."""
+"""What a measurement ran on, for the row that reports it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def commit() -> str | None:
+def machine() -> dict[str, str | None]:
+    """`commit` of the project and `machine`, in words."""
+    return {"commit": _commit(), "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device_name()}"}
+
+
+def _commit() -> str | None:
     """The project's commit, with a plus where the working tree differs; None outside a checkout."""
     try:
         found = subprocess.run(
@@ -27,15 +32,9 @@ def commit() -> str | None:
     return found.stdout.strip()
 
 
-def machine() -> str:
-    """Architecture, cores, processor or GPU."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, {_device_name()}"
-
-
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()

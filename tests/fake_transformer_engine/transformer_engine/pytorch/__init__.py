@@ -1,0 +1,3 @@
+from . import distributed, ops
+from .attention import DotProductAttention
+from .module import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm

@@ -1,0 +1,1 @@
+from .dot_product_attention import DotProductAttention

@@ -1,0 +1,18 @@
+import torch
+
+from ..calls import CALLS
+from ..cpp_extensions.fused_attn import attend
+
+
+class DotProductAttention(torch.nn.Module):
+    def __init__(self, *args, **keywords):
+        CALLS.append(("DotProductAttention.__init__", (None, *args), keywords))
+        super().__init__()
+        self.options = keywords
+
+    def forward(self, *args, **keywords):
+        CALLS.append(("DotProductAttention.forward", (self, *args), keywords))
+        q, k, v = args
+        assert (q.shape[2], k.shape[2]) == (self.options["num_attention_heads"], self.options["num_gqa_groups"])
+        mask = keywords.get("attn_mask_type", self.options["attn_mask_type"])
+        return attend(q, k, v, self.options["softmax_scale"], mask)[0].flatten(2)

@@ -1,0 +1,3 @@
+"""Every call of attention: (function, positional arguments, keyword arguments)."""
+
+CALLS = []

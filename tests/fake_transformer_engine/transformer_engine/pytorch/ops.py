@@ -1,0 +1,5 @@
+class Sequential:
+    """Only a name: Megatron annotates with it."""
+
+
+FusibleOperation = Sequential
