@@ -15,6 +15,7 @@ from nemo_star.attention import AttentionState
 from nemo_star.attention.kernels import get_kernel
 from nemo_star.cache import KVCache
 from nemo_star.config import AttentionConfig
+from nemo_star.decode_sharding import install
 from nemo_star.distributed import groups_from_parallel_state
 from nemo_star.engine import Engine
 from nemo_star.model import star_layer_spec
@@ -48,6 +49,9 @@ def build_engine() -> Engine:
         position_embedding_type="none",  # the engine gives the layers their rotary angles
         pg_collection=groups.collection,
     ).eval()
+    # Optional: long blocks go through the MLP in chunks. A model without biases can also divide decode over the cp
+    # ranks: give the state `decode_group=groups.collection.tp_cp`, and the stage the same.
+    install(model, state)
     rotary = PositionRotaryEmbedding(config.kv_channels, base=10000.0)
     stage = Stage(model, rotary, groups.pp, VOCAB_SIZE)
     return Engine(stage, state, groups, AttentionConfig(block_size=64))

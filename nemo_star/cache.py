@@ -43,8 +43,12 @@ class KVCache:
         return sum(2 * layer.k[0].nbytes for layer in self._layers.values() if layer.k.shape[0])
 
     def reset(self, capacity: int) -> None:
-        """Forget everything; room for `capacity` tokens is taken when a layer is first appended to."""
+        """Forget everything; room for `capacity` tokens is taken when a layer is first appended to.
+
+        A buffer that is large enough stays; a smaller one would be copied as it grows.
+        """
         self._capacity = capacity
+        self._layers = {number: layer for number, layer in self._layers.items() if layer.k.shape[0] >= capacity}
         for layer in self._layers.values():
             layer.tokens = 0
 

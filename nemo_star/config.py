@@ -19,6 +19,8 @@ MAX_DEFAULT_BLOCK_SIZE = 32768
 SMALL_BLOCK_TOKENS = 16
 MIN_TEMPERATURE = 1e-3
 MOST_SEED = 2**62
+MLP_CHUNK_TOKENS = 4096
+"""Tokens that go through an MLP at once; its intermediate result is several times as large as the hidden states."""
 MOST_MINUTES = 60 * 24 * 365
 
 

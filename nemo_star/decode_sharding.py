@@ -12,7 +12,6 @@ intermediate result is several times as large as a block's hidden states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,51 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_star.attention import AttentionState
+from nemo_star.config import MLP_CHUNK_TOKENS
+from nemo_star.decode_slices import Part
 from nemo_star.partition import shares
-from nemo_star.shape import Layout, ModelConfig
-
-CHUNK_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What decides whether slicing pays, on one kind of device."""
-
-    bytes_per_second: float
-    """At which one rank reads weights in decode."""
-    collective_seconds: float
-    """Of an all-reduce of one token's hidden state."""
-
-
-COSTS = {
-    # Measured: two ranks on two cores, float32 matrix-vector products of 50 to 400 MB; gloo.
-    "cpu": Costs(bytes_per_second=12e9, collective_seconds=0.85e-3),
-    # Estimated from data sheets (HBM3 at 70%, NCCL within a node), not measured.
-    "cuda": Costs(bytes_per_second=2.3e12, collective_seconds=25e-6),
-}
-
-
-def pays(weight_bytes: int, *, cp_size: int, more_collectives: int, device: torch.device) -> bool:
-    """Whether reading 1/cp of `weight_bytes` saves more time than `more_collectives` cost.
-
-    An estimate from constants, not a measurement at start: the same command must choose the same way every time.
-    """
-    costs = COSTS[device.type]
-    saved = weight_bytes * (1 - 1 / cp_size) / costs.bytes_per_second
-    return saved > more_collectives * costs.collective_seconds
-
-
-def is_sharded(
-    decode: str | None, model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether decode is divided: as `parallel.decode` says, else where the FFN of a layer gains by it."""
-    if layout.cp == 1 or decode == "replicated":
-        return False
-    weight_bytes = 3 * model.hidden_size * model.ffn_hidden_size // layout.tp * dtype.itemsize
-    more_collectives = int(layout.tp == 1)
-    return decode == "sharded" or pays(
-        weight_bytes, cp_size=layout.cp, more_collectives=more_collectives, device=device
-    )
 
 
 def own_slice(size: int, group: dist.ProcessGroup, tp_size: int) -> slice:
@@ -95,10 +52,10 @@ class PhasedMLP(nn.Module):
         """hidden [s, b, h] -> (out [s, b, h], bias or None)."""
         if self.state.block is None and self.state.decode_group is not None:
             return self._slice(hidden, self.state.decode_group), None
-        if hidden.shape[0] <= CHUNK_TOKENS:
+        if hidden.shape[0] <= MLP_CHUNK_TOKENS:
             return self.mlp(hidden, *args, **kwargs)
         out, bias = torch.empty_like(hidden), None
-        for part, into in zip(hidden.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
+        for part, into in zip(hidden.split(MLP_CHUNK_TOKENS), out.split(MLP_CHUNK_TOKENS), strict=True):
             result, bias = self.mlp(part, *args, **kwargs)
             into.copy_(result)
         return out, bias
@@ -158,19 +115,17 @@ class SlicedProjection(nn.Module):
         return out, None
 
 
-def install(model: GPTModel, state: AttentionState) -> None:
+def install(model: GPTModel, state: AttentionState, sliced: frozenset[Part] = frozenset({"ffn"})) -> None:
     """Put the modules above into a GPTModel whose weights are loaded; `state.decode_group` turns slicing on.
 
     The parts of a built model are replaced, not those of its layer spec: how a spec names its MLP differs between
     Megatron's releases, and a checkpoint knows the parts by their original places.
+
+    Args:
+        sliced: what sharded decode divides (`decode_slices.sliced_parts`).
     """
-    tp_size = model.tp_group.size()
     for layer in model.decoder.layers:
         layer.mlp = PhasedMLP(layer.mlp, state)
-        if state.decode_group is None:
-            continue
-        attention = layer.self_attention
-        weight = attention.linear_proj.weight
-        sharing = {"cp_size": state.decode_group.size() // tp_size, "more_collectives": int(tp_size == 1)}
-        if pays(weight.nbytes, device=weight.device, **sharing):
-            attention.linear_proj = SlicedProjection(attention.linear_proj, state, tp_size)
+        if state.decode_group is not None and "projection" in sliced:
+            attention = layer.self_attention
+            attention.linear_proj = SlicedProjection(attention.linear_proj, state, model.tp_group.size())

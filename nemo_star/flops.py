@@ -1,10 +1,10 @@
-"""What prefill computes and decode reads, counted: multiply and add are two operations."""
+"""What a prefill computes, counted: multiply and add are two operations."""
 
 from __future__ import annotations
 
 from nemo_star.config import AttentionConfig
 from nemo_star.partition import Block, Partition
-from nemo_star.shape import Layout, ModelConfig
+from nemo_star.shape import ModelConfig
 
 
 def prefill_flops(model: ModelConfig, partition: Partition, attention: AttentionConfig) -> int:
@@ -17,18 +17,6 @@ def block_flops(model: ModelConfig, block: Block, attention: AttentionConfig) ->
     """Operations of one layer for one block."""
     linear = 2 * tokens_in_flight(block, attention) * sum(layer_weights(model).values())
     return linear + pair_flops(model) * attention_pairs(block, attention)
-
-
-def decode_weight_bytes(model: ModelConfig, layout: Layout, *, sharded: bool, itemsize: int) -> int:
-    """Bytes of weights that one rank reads for one token, without the head (stages taken as equal).
-
-    Args:
-        sharded: the FFN divided over cp, too (the output projection where tp > 1, as `decode_sharding` does).
-    """
-    weights = layer_weights(model)
-    divided = weights["ffn"] + (weights["projection"] if layout.tp > 1 else 0)
-    elements = sum(weights.values()) - divided + divided / (layout.cp if sharded else 1)
-    return int(elements * itemsize * model.num_layers / (layout.tp * layout.pp))
 
 
 def layer_weights(model: ModelConfig) -> dict[str, int]:

@@ -19,7 +19,8 @@ from nemo_star.cache import KVCache
 from nemo_star.checkpoint.description import CheckpointDescription, read_description
 from nemo_star.checkpoint.load import load_weights
 from nemo_star.config import GenerateConfig
-from nemo_star.decode_sharding import install, is_sharded
+from nemo_star.decode_sharding import install
+from nemo_star.decode_slices import sliced_parts
 from nemo_star.distributed import (
     Groups,
     create_groups,
@@ -52,9 +53,9 @@ def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory
         ValueError, OSError: a user's error, on all ranks alike.
     """
     layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
-    device = initialize()
-    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
+        device = initialize()
+        check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
         return _answer_all(config, layout, device, watchdog=watchdog, free=free_memory(device))
 
 
@@ -77,11 +78,12 @@ def _answer_all(
     )
     desk = FrontDesk(config, description.model, limit.check)
     on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
-    on_first_rank(watchdog.patient(desk.open))
-    engine = build_engine(config, description, groups, device)
+    on_first_rank(watchdog.patient(desk.open, "reading requests"))
+    build = functools.partial(build_engine, config, description, groups, device)
+    engine = watchdog.patient(build, "loading the weights")()
     watchdog.follow(engine.stage.model.decoder.layers)
     on_first_rank(lambda: desk.start(engine.describe(), cp_size=layout.cp))
-    next_batch = watchdog.patient(lambda: desk.next_batch(layout.dp))
+    next_batch = watchdog.patient(lambda: desk.next_batch(layout.dp), "reading requests")
     while (requests := on_first_rank(next_batch)) is not None:
         results = run_batch(engine, desk, requests)
         on_first_rank(functools.partial(desk.take, results))
@@ -101,17 +103,19 @@ def build_engine(
     dtype = getattr(torch, dtype_name(config, device))
     cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
     kind = config.attention.kind
-    sharded = is_sharded(config.parallel.decode, description.model, groups.layout, dtype, device)
+    sliced = sliced_parts(
+        config.parallel.decode, description.model, groups.layout, itemsize=dtype.itemsize, device_type=device.type
+    )
     state = AttentionState(
         cache=KVCache(cache_dtype),
         kernel=get_kernel(config.attention.kernel, device, dtype),
         decode_kernel=get_kernel(config.attention.kernel, device, cache_dtype),
         cp_group=groups.cp,
-        decode_group=groups.collection.tp_cp if sharded else None,
+        decode_group=groups.collection.tp_cp if sliced else None,
     )
     model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)))
-    install(model, state)
+    install(model, state, sliced)
     rotary = build_rotary(description.model, device)
     stage = Stage(
         model,

@@ -143,8 +143,8 @@ def _in_turn(contenders: Contenders, device: torch.device, repeats: int) -> tupl
             for _ in range(2):  # the first builds plans and workspaces
                 work()
             _synchronize(device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            withheld[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:  # libraries refuse a shape with whatever they like
+            withheld[name] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     times: dict[str, list[float]] = {name: [] for name in contenders if name not in withheld}
     for _ in range(repeats):
         for name, samples in times.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import socket
 import sys
@@ -31,10 +33,10 @@ def free_memory(device: torch.device) -> FreeMemory:
         return FreeMemory(f"GPU {device.index} of {host}", torch.cuda.mem_get_info(device)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a container may not show how much was swapped
-        size = psutil.virtual_memory().available + psutil.swap_memory().free
+        size, swap = psutil.virtual_memory().available, psutil.swap_memory().free
     if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
-        size = min(size, int(limit))
-    return FreeMemory(f"the memory of {host}", size)
+        size = min(size, int(limit))  # swap comes on top of it
+    return FreeMemory(f"the memory of {host}", size + swap)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -42,7 +44,15 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
+        _give_back_freed()
         clear.write_text("5")
+
+
+def _give_back_freed() -> None:
+    """What the allocator keeps of freed memory (glibc) is no part of what comes next."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

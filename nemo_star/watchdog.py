@@ -21,39 +21,47 @@ from typing import Self, TypeVar
 import torch.distributed as dist
 from torch import nn
 
-from nemo_star.launch import EXIT_ERROR, PEER_EXIT_SECONDS, environment_rank, leave
+from nemo_star.launch import EXIT_ERROR, PEER_EXIT_SECONDS, environment_rank, environment_world_size, leave, warn
 
 T = TypeVar("T")
 _STORE_SECONDS = 30.0
 _LONGEST_LOOK_SECONDS = 10.0
-_GATHER_SECONDS = 2.0
+_MOST_FAILED_LOOKS = 5
 _RANKS_NAMED = 8
 
 
 class Watchdog:
-    """Counts this rank's steps and looks at everybody's.
+    """Counts this rank's steps and looks at everybody's, from before the process group is joined until the end.
 
     Args:
-        store: shared by all ranks; None where this process is alone, and nothing can hang on another.
+        connect: gives the store that all ranks share; None where this process is alone, and cannot wait for another.
         timeout_minutes: no step of any rank for so long is a hang.
         clock: seconds; for tests.
     """
 
     def __init__(
-        self, store: dist.Store | None, timeout_minutes: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        connect: Callable[[], dist.Store] | None,
+        timeout_minutes: float,
+        *,
+        rank: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.timeout_minutes = timeout_minutes
-        self._store = store
+        self._connect = connect
+        self._store: dist.Store | None = None
+        self._rank = rank
         self._clock = clock
-        self._steps = self._told = 0
-        self._place = "the start"
+        self._steps = self._told_steps = 0
+        self._place, self._told_place = "the start", ""
         self._patient = False
-        self._total, self._since = -1, clock()
+        self._total, self._since, self._looked = -1, clock(), clock()
+        self._interval = min(timeout_minutes * 60 / 4, _LONGEST_LOOK_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._store is not None:
+        if self._connect is not None:
             self._thread.start()
         return self
 
@@ -61,7 +69,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._store is not None:
+        if self._connect is not None:
             self._thread.join()
 
     def step(self, place: str) -> None:
@@ -74,55 +82,67 @@ class Watchdog:
         for number, layer in enumerate(layers, start=1):
             layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self.step(place))
 
-    def patient(self, read: Callable[[], T]) -> Callable[[], T]:
-        """`read`, during which all is well however long it takes: it waits for what somebody types or pipes in."""
+    def patient(self, work: Callable[[], T], place: str) -> Callable[[], T]:
+        """`work`, during which all is well however long it takes: reading what somebody types, loading weights."""
 
-        def reading() -> T:
+        def working() -> T:
             self._patient = True
+            self.step(place)
             try:
-                return read()
+                return work()
             finally:
                 self._patient = False
-                self.step("reading requests")
+                self.step(f"after {place}")
 
-        return reading
+        return working
 
     def is_hanging(self) -> bool:
         """Tell the store of this rank's steps since the last look; whether no rank has told of any for too long."""
-        assert self._store is not None
-        steps = self._steps
-        total = self._store.add("steps", int(self._patient or steps != self._told))
-        self._told = steps
-        if total != self._total:
-            self._total, self._since = total, self._clock()
-        return self._clock() - self._since > self.timeout_minutes * 60
+        if self._store is None:
+            assert self._connect is not None
+            self._store = self._connect()
+        steps, place, now = self._steps, self._place, self._clock()
+        total = self._store.add("steps", int(self._patient or steps != self._told_steps))
+        if place != self._told_place:
+            self._store.set(f"place/{self._rank}", place)
+        self._told_steps, self._told_place = steps, place
+        # A look that comes far too late: this process was stopped and continued, and perhaps the whole job.
+        if total != self._total or now - self._looked > self.timeout_minutes * 30 + 2 * self._interval:
+            self._total, self._since = total, now
+        self._looked = now
+        return now - self._since > self.timeout_minutes * 60
 
     def _look_on(self) -> None:
-        interval = min(self.timeout_minutes * 60 / 4, _LONGEST_LOOK_SECONDS)
-        while not self._ended.wait(interval):
+        failed = 0
+        while not self._ended.wait(self._interval):
             try:
-                if self.is_hanging():
-                    self._end_job()
-            except dist.DistError:  # the store's process is gone, and the launcher ends this one
-                return
+                hangs = self.is_hanging()
+            except dist.DistError as error:
+                failed += 1
+                if failed == _MOST_FAILED_LOOKS:  # the store's process is gone, and the launcher ends this one
+                    warn(f"rank {self._rank}: the watchdog lost the job's store and stops: {error}")
+                    return
+                continue
+            failed = 0
+            if hangs:
+                self._end_job()
 
     def _end_job(self) -> None:
         """One rank says where each was last; all exit. The main thread waits in a collective for ever."""
-        assert self._store is not None
-        rank = environment_rank()
-        self._store.set(f"place/{rank}", self._place)
-        if self._store.add("speakers", 1) == 1:
-            time.sleep(_GATHER_SECONDS)
-            print(f"\nerror: {self.report()}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(PEER_EXIT_SECONDS)
-        leave(EXIT_ERROR)
+        try:
+            assert self._store is not None
+            if self._store.add("speakers", 1) == 1:
+                print(f"\nerror: {self.report()}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(PEER_EXIT_SECONDS)
+        finally:
+            leave(EXIT_ERROR)
 
     def report(self) -> str:
         """What hangs, and where each rank was last."""
         assert self._store is not None
         ranks: dict[str, list[int]] = {}
-        for rank in range(dist.get_world_size()):
+        for rank in range(environment_world_size()):
             key = f"place/{rank}"
             place = self._store.get(key).decode() if self._store.check([key]) else "no sign of life"
             ranks.setdefault(place, []).append(rank)
@@ -140,9 +160,12 @@ def _named(ranks: list[int]) -> str:
 
 def watchdog_of_this_job(timeout_minutes: float) -> Watchdog:
     """A watchdog on a connection of its own to the store that the launcher's environment names."""
-    if dist.get_world_size() == 1:
-        return Watchdog(None, timeout_minutes)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Watchdog(dist.PrefixStore(f"nemo_star/watchdog/{attempt}", store), timeout_minutes)
+
+    def connect() -> dist.Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"nemo_star/watchdog/{attempt}", store)
+
+    alone = environment_world_size() == 1
+    return Watchdog(None if alone else connect, timeout_minutes, rank=environment_rank())

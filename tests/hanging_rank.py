@@ -11,8 +11,8 @@ from nemo_star.watchdog import watchdog_of_this_job
 
 
 def main():
-    initialize()
     with watchdog_of_this_job(timeout_minutes=0.02) as watchdog:
+        initialize()
         if dist.get_rank() == 1:
             watchdog.step("layer 1 of its stage")
             threading.Event().wait()

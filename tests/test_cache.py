@@ -42,3 +42,22 @@ def test_reset_forgets_and_an_untouched_layer_is_none():
     cache.reset(3)
     assert cache.get(1) is None
     assert cache.tokens == 0
+
+
+def test_a_longer_context_after_a_short_one_gets_its_buffer_at_once():
+    cache = KVCache()
+    for capacity in (2, 8):
+        cache.reset(capacity)
+        cache.append(1, *kv(2))
+    before = cache.get(1)[0].data_ptr()
+    cache.append(1, *kv(6))
+    assert cache.get(1)[0].data_ptr() == before
+
+
+def test_release_gives_the_memory_back():
+    cache = KVCache()
+    cache.reset(4)
+    cache.append(1, *kv(4))
+    cache.release()
+    assert cache.get(1) is None
+    assert cache.bytes_per_token == 0

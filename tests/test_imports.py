@@ -13,6 +13,7 @@ ORDER = [
     {"shape"},
     {"cli", "distributed", "partition", "rotary", "memory", "watchdog", "machine", "te_support"},
     {"flops", "planning.config"},
+    {"decode_slices"},
     {"planning.work"},
     {"planning.memory"},
     {"planning.time", "planning.limit"},

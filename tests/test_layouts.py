@@ -28,7 +28,7 @@ EXACT = {
     "ulysses-pp": ("ulysses", 1, 2, 2),
     "ulysses-tp": ("ulysses", 2, 1, 2),
 }
-"""Name -> (attention, tp, pp, cp) on four ranks; what remains is data parallel. `sharded` is said of decode."""
+"""Name -> (attention, tp, pp, cp) on four ranks; what remains is data parallel. Decode is replicated but where said."""
 MANY = [
     {"id": f"q{i}", "context_ids": [(i + 7 * j * j) % VOCAB for j in range(20 + 9 * i)], "query_ids": [i, 2, 3]}
     for i in range(20)
@@ -75,8 +75,8 @@ def answers(models, tmp_path_factory):
         paths = [f"checkpoint={checkpoint}", f"inference.tokens_to_generate={TOKENS}", "inference.ignore_eos=true"]
         for name, (kind, *sizes) in EXACT.items():
             runs[name, model] = [*paths, f"input={rows}", f"attention={kind}", *parallel(*sizes)]
-            if name.endswith("sharded"):
-                runs[name, model].append("parallel.decode=sharded")
+            decode = "sharded" if name.endswith("sharded") else "replicated"
+            runs[name, model].append(f"parallel.decode={decode}")
     for name, pp in (("dp1", 2), ("dp2", 1)):
         for choice in ("greedy", "sampled"):
             star = ["attention.block_size=32", f"inference={choice}", *parallel(1, pp, 2)]

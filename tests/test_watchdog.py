@@ -23,51 +23,60 @@ def clock():
 def pair(clock):
     """The watchdogs of two ranks, a minute's patience each."""
     store = dist.HashStore()
-    return Watchdog(store, 1, clock=clock), Watchdog(store, 1, clock=clock)
+    return [Watchdog(lambda: store, 1, rank=rank, clock=clock) for rank in range(2)]
 
 
-def looks(pair):
-    return [watchdog.is_hanging() for watchdog in pair]
+def pass_time(clock, pair, seconds, work=lambda: None):
+    """Looks of both every 10 s for so long, `work` before each; what the last ones say."""
+    for _ in range(0, seconds, 10):
+        clock.now += 10
+        work()
+        said = [watchdog.is_hanging() for watchdog in pair]
+    return said
 
 
 def test_nobody_steps(pair, clock):
-    looks(pair)
-    clock.now = 59
-    assert looks(pair) == [False, False]
-    clock.now = 61
-    assert looks(pair) == [True, True]
+    assert pass_time(clock, pair, 70) == [False, False]  # the first look counts as a step
+    assert pass_time(clock, pair, 10) == [True, True]
 
 
 def test_a_rank_may_wait_for_as_long_as_another_works(pair, clock):
-    for clock.now in range(0, 600, 30):
-        pair[0].step("layer 1")
-        assert looks(pair) == [False, False]
-    for clock.now in (600, 630):
-        assert looks(pair) == [False, False]
-    clock.now = 700
-    assert looks(pair) == [True, True]
+    assert pass_time(clock, pair, 600, lambda: pair[0].step("layer 1")) == [False, False]
+    assert pass_time(clock, pair, 60) == [False, False]
+    assert pass_time(clock, pair, 20) == [True, True]
 
 
-def test_reading_what_somebody_types_is_no_hang(pair, clock):
+def test_work_that_may_take_long_is_no_hang(pair, clock):
     seen = []
 
     def read():
-        for clock.now in range(0, 600, 30):
-            seen.extend(looks(pair))
+        seen.extend(pass_time(clock, pair, 600))
         return "typed"
 
-    assert pair[0].patient(read)() == "typed"
-    assert not any(seen)
-    assert len(seen) == 40
-    looks(pair)
-    clock.now += 61
-    assert looks(pair) == [True, True]
+    assert pair[0].patient(read, "reading requests")() == "typed"
+    assert seen == [False, False]
+    assert pass_time(clock, pair, 90) == [True, True]
 
 
 def test_a_pass_of_a_layer_is_a_step(pair, clock):
     layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     pair[0].follow(layers)
-    looks(pair)
-    for clock.now in (50, 100, 150):
-        layers[1](torch.zeros(1))
-        assert looks(pair) == [False, False]
+    assert pass_time(clock, pair, 300, lambda: layers[1](torch.zeros(1))) == [False, False]
+
+
+def test_a_job_stopped_and_continued_is_no_hang(pair, clock):
+    pass_time(clock, pair, 30)
+    clock.now += 3600
+    assert pass_time(clock, pair, 10) == [False, False]
+    assert pass_time(clock, pair, 70) == [True, True]
+
+
+def test_the_report_has_every_rank_where_it_was_last(pair, clock, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    pair[1].step("layer 7 of its stage")
+    pass_time(clock, pair, 10)
+    assert (
+        pair[0]
+        .report()
+        .endswith("Last seen at: rank 0: the start; rank 1: layer 7 of its stage; rank 2: no sign of life")
+    )

@@ -54,9 +54,11 @@ class SharedAnchor:
         """On cp rank 0, in block 0: start handing out the first A tokens of k, v [sk, b, ng, hn]."""
         packed = torch.stack((k[: self.tokens], v[: self.tokens]))
         if self._group.size() > 1:
-            work = dist.broadcast(packed, group=self._group, group_src=0, async_op=True)
-            self._works[layer_number] = work
-        self._kv[layer_number] = packed
+            for earlier in [number for number, work in self._works.items() if work.is_completed()]:
+                self._arrived(earlier)  # nobody here wants it: it is not kept longer than it takes to hand out
+            self._works[layer_number] = dist.broadcast(packed, group=self._group, group_src=0, async_op=True)
+        if self._uses[layer_number]:
+            self._kv[layer_number] = packed
 
     def take(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """The anchor's k, v, each [A, b, ng, hn]; waits for them where they are still on their way."""

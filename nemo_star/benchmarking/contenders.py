@@ -20,10 +20,11 @@ from nemo_star.attention.kernels import get_kernel
 from nemo_star.benchmarking.probe import time_cache_reads
 from nemo_star.cache import KVCache
 from nemo_star.config import AttentionConfig, BenchmarkConfig, KindToCompare
-from nemo_star.decode_sharding import install, is_sharded
+from nemo_star.decode_sharding import install
+from nemo_star.decode_slices import Part, sliced_parts, weight_elements_read
 from nemo_star.distributed import Groups
 from nemo_star.engine import Engine
-from nemo_star.flops import decode_weight_bytes, prefill_flops
+from nemo_star.flops import prefill_flops
 from nemo_star.memory import peak_memory_bytes, reset_peak_memory
 from nemo_star.model import build_model, build_rotary
 from nemo_star.partition import PARTITIONS
@@ -44,7 +45,8 @@ class Contender(Protocol):
     attention: AttentionConfig
     layout: Layout
     dtype: torch.dtype
-    sharded: bool
+    sliced: frozenset[Part]
+    """What decode divides over cp; nothing: replicated."""
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
         """Times and sizes of one prefill and decode on this rank."""
@@ -58,7 +60,7 @@ class OnEngine:
     attention: AttentionConfig
     layout: Layout
     dtype: torch.dtype
-    sharded: bool
+    sliced: frozenset[Part]
     engine: Engine | None
     """None on a rank that only waits (dense runs on rank 0)."""
 
@@ -98,7 +100,7 @@ class OnTransformers:
     attention: AttentionConfig
     layout: Layout
     dtype: torch.dtype
-    sharded: bool
+    sliced: frozenset[Part]
     model: ModelConfig
     weights: Weights | None
     """Whole, or None on a rank that only waits."""
@@ -127,7 +129,8 @@ class OnTransformers:
 def build_contenders(
     config: BenchmarkConfig, model: ModelConfig, shared: tuple[Layout, Groups], alone: Groups
 ) -> list[Contender]:
-    """All kinds of `config.compare`; those of one layout share their weights.
+    """All kinds of `config.compare`; those of one layout share their weights (with tp or pp, each rank draws its own
+    part from the same seed, so that dense and transformers then run on other weights of the same kind).
 
     Args:
         shared: layout and groups of the kinds that run on all ranks.
@@ -145,13 +148,15 @@ def build_contenders(
         changes: dict[str, Any] = {"kind": name, "anchor": kind.anchor or config.attention.anchor}
         attention = dataclasses.replace(config.attention, **changes)
         check_layout(model, layout, name)
-        sharded = is_sharded(kind.decode or config.parallel.decode, model, layout, dtype, device)
+        decode = kind.decode or config.parallel.decode
+        sliced = sliced_parts(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
         engine = None
         if not single or dist.get_rank() == 0:
             divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
-            options = {"sharded": sharded, "sequence_parallel": divided}
-            engine = _engine(attention, model, place, drawn, dtype=dtype, device=device, **options)
-        facts = (kind, attention, layout, dtype, sharded)
+            engine = _engine(
+                attention, model, place, drawn, dtype=dtype, device=device, sliced=sliced, sequence_parallel=divided
+            )
+        facts = (kind, attention, layout, dtype, sliced)
         if kind.attention == "transformers":
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
         else:
@@ -167,13 +172,13 @@ def _engine(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    sharded: bool,
+    sliced: frozenset[Part],
     sequence_parallel: bool,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     layout, groups = place
     kernel = get_kernel(attention.kernel, device, dtype)
-    decode_group = groups.collection.tp_cp if sharded else None
+    decode_group = groups.collection.tp_cp if sliced else None
     state = AttentionState(KVCache(dtype), kernel, kernel, groups.cp, decode_group=decode_group)
     built = build_model(model, kind=attention.kind, state=state, groups=groups.collection, dtype=dtype, device=device)
     parts = dataclasses.replace(layout, cp=1)
@@ -182,7 +187,7 @@ def _engine(
         drawn[parts] = {name: weight.data for name, weight in built.named_parameters()}
     for name, weight in built.named_parameters():
         weight.data = drawn[parts][name]
-    install(built, state)
+    install(built, state, sliced)
     rotary = build_rotary(model, device)
     stage = Stage(
         built, rotary, groups.pp, model.vocab_size, decode_group=decode_group, sequence_parallel=sequence_parallel
@@ -207,8 +212,9 @@ def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, 
         "block_size": block_size,
         "anchor_size": anchor_size,
         "prefill_flops": prefill_flops(model, partition, attention),
-        "decode_weight_bytes": decode_weight_bytes(
-            model, layout, sharded=contender.sharded, itemsize=contender.dtype.itemsize
+        # Of a rank: all stages would be read by one token, a rank has one of them.
+        "decode_weight_bytes": int(
+            weight_elements_read(model, layout, contender.sliced) * contender.dtype.itemsize / layout.pp
         ),
     }
 

@@ -16,14 +16,14 @@ ROUNDS = 5
 
 def time_cache_reads(engine: Engine) -> dict[str, float]:
     """Seconds that one token's attention takes over all cached K/V of this rank, without exchange, and seconds that
-    reading the same bytes takes (a sum); all ranks at the same time, so that they share the memory as in decode."""
+    reading the same bytes takes (a sum); all ranks at the same time, so that they share the memory as in decode, also
+    those that hold nothing."""
     state, stage = engine.state, engine.stage
     shape = stage.kv_shape
     heads = stage.model.config.num_attention_heads // stage.model.tp_group.size()
     layers = [kv for number in stage.layer_numbers if (kv := state.cache.get(number)) is not None]
-    if not layers:
-        return {"decode_attention_seconds": 0.0, "kv_read_seconds": 0.0}
-    q = torch.randn(1, shape.batch, heads, shape.channels, device=shape.device).to(layers[0][0].dtype)
+    dtype = state.cache.dtype or shape.dtype
+    q = torch.randn(1, shape.batch, heads, shape.channels, device=shape.device).to(dtype)
     scale = shape.channels**-0.5
 
     def attend() -> None:

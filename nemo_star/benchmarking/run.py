@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ def run(config: BenchmarkConfig) -> int:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
     check_plots(config.plot)
-    device = initialize()
-    check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
     with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
+        device = initialize()
+        check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
         rows = _compare(config, layout, watchdog)
     if dist.get_rank() == 0:
         print(table(rows), flush=True)
@@ -51,14 +52,18 @@ def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> lis
     )
     groups = create_groups(layout)
     alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
-    contenders = build_contenders(config, model, (layout, groups), alone)
+    build = functools.partial(build_contenders, config, model, (layout, groups), alone)
+    contenders = watchdog.patient(build, "drawing weights")()
     for contender in contenders:
         if isinstance(contender, OnEngine) and contender.engine:
             watchdog.follow(contender.engine.stage.model.decoder.layers)
     rows = []
+    where = machine()
     for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
         samples = _measure(contenders, tokens, config, watchdog)
-        rows += [_row(contender, taken, tokens, model) for contender, taken in zip(contenders, samples, strict=True)]
+        rows += [
+            _row(contender, taken, tokens, model) | where for contender, taken in zip(contenders, samples, strict=True)
+        ]
     return rows
 
 
@@ -77,7 +82,7 @@ def _measure(
             # transformers' layers tell the watchdog of no steps.
             own_pace = not isinstance(contender, OnEngine)
             take = lambda of=contender: of.sample(context, config.decode_tokens)  # noqa: E731
-            sample = watchdog.patient(take)() if own_pace else take()
+            sample = watchdog.patient(take, contender.kind.word)() if own_pace else take()
             reports = [report for report in gather_objects(sample) if report is not None]
             if turn >= config.warm_up_rounds:
                 taken.append({key: max(report[key] for report in reports) for key in reports[0]})
@@ -90,7 +95,7 @@ def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model
         "kind": kind.word,
         "attention": kind.attention,
         "anchor": contender.attention.anchor if kind.attention == "star" else None,
-        "decode": "sharded" if contender.sharded else "replicated",
+        "decode": "sharded" if contender.sliced else "replicated",
         "context_tokens": tokens,
         "tp": layout.tp,
         "pp": layout.pp,
@@ -98,7 +103,6 @@ def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model
         **counted(contender, model, tokens),
         **{key: statistics.median(sample[key] for sample in samples) for key in samples[0]},
         "repeats": len(samples),
-        **machine(),
     }
 
 

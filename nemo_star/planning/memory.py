@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_star.config import MLP_CHUNK_TOKENS
 from nemo_star.flops import layer_weights, widths
 from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
 from nemo_star.shape import ModelConfig
@@ -72,13 +73,13 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
 
     Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
     either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
-    up projections, the activated gate and their product.
+    up projections, the activated gate and their product for a chunk of the tokens.
     """
     query, kv = (width // work.layout.tp for width in widths(work.model))
     tokens, size = most_in_flight(work, rank), work.dtype_bytes
     hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
-    ffn = tokens * (hidden + 4 * work.model.ffn_hidden_size // work.layout.tp) * size
+    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_hidden_size // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
     return max(attention, ffn, head) + _anchor_bytes(work, rank, kv)
 
@@ -86,9 +87,8 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
 def _exchange_bytes(work: Workload, tokens: int, query: int, kv: int) -> int:
     """Buffers of the kinds that exchange K/V or heads, and an anchor joined to a block's keys."""
     kind, size, float32 = work.attention.kind, work.dtype_bytes, 4
-    if (
-        kind == "ring" and work.layout.cp > 1
-    ):  # own and arriving K/V; float32 results: so far, of a step, the two stacked
+    if kind == "ring" and work.layout.cp > 1:
+        # Own and arriving K/V; float32 results: so far, of a step, the two stacked.
         return tokens * (4 * kv * size + 4 * query * float32)
     if kind == "ulysses":  # what is sent and what has come, of queries (and of the output), keys and values
         return 2 * tokens * (query + 2 * kv) * size

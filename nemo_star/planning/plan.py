@@ -68,7 +68,8 @@ def workload(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) 
         config.context_tokens,
         dtype=config.dtype or ("float32" if config.machine.device == "cpu" else "bfloat16"),
         cache_dtype=config.cache.dtype,
-        decode=config.parallel.decode or "replicated",
+        decode=config.parallel.decode,
+        device_type=config.machine.device,
     )
 
 
@@ -81,7 +82,7 @@ def row_of(kind: str, work: Workload, clock: Clock) -> Row:
         "kind": kind,
         "attention": work.attention.kind,
         "anchor": work.attention.anchor if work.attention.kind == "star" else None,
-        "decode": work.decode,
+        "decode": "sharded" if work.sliced else "replicated",
         "context_tokens": work.context_tokens,
         "block_size": block_size,
         "anchor_size": anchor_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nemo_star.decode_slices import weight_elements_read
 from nemo_star.flops import layer_weights, pair_flops, tokens_in_flight, widths
 from nemo_star.partition import Block
 from nemo_star.planning.config import EfficiencyConfig, LinkConfig, MachineConfig
@@ -125,16 +126,16 @@ def decode_seconds(work: Workload, clock: Clock) -> float:
     """Seconds of one token: weights and K/V read once, and what the collectives take. A lower bound on GPUs."""
     model, layout = work.model, work.layout
     query, _ = widths(model)
-    sharded = layout.cp if work.decode == "sharded" else 1
-    weights = layer_weights(model)
-    elements = weights["qkv"] + weights["projection"] + weights["ffn"] / sharded
+    sliced = work.sliced
+    sharded = layout.cp if sliced else 1
+    attending = layout.cp if "projection" in sliced else 1
     head = model.vocab_size * model.hidden_size / layout.tp / sharded
-    read = (model.num_layers * elements / layout.tp + head) * work.dtype_bytes
+    read = (weight_elements_read(model, layout, sliced) + head) * work.dtype_bytes
     tokens = max(rank.tokens for rank in rank_work(work))
     read += sum(kv_bytes(work, stage, tokens) for stage in range(layout.pp))
     hidden = model.hidden_size * work.dtype_bytes
     span = layout.tp * layout.cp
-    layer = clock.machine.layer_seconds + clock.all_reduce(hidden, layout.tp, layout.tp)
+    layer = clock.machine.layer_seconds + clock.all_reduce(hidden, layout.tp * attending, layout.tp * attending)
     layer += clock.all_reduce(hidden, layout.tp * sharded, layout.tp * sharded)
     partial = (query + model.num_attention_heads) / layout.tp * 4  # float32 out and lse of each cp rank
     layer += clock.exchange(partial * (layout.cp - 1), layout.cp, span)

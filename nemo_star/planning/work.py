@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.config import AttentionConfig
+from nemo_star.decode_slices import Part, sliced_parts
 from nemo_star.flops import attention_pairs, block_flops, tokens_in_flight
 from nemo_star.partition import PARTITIONS, Block
 from nemo_star.shape import Layout, ModelConfig
@@ -28,7 +29,9 @@ class Workload:
     context_tokens: int
     dtype: str = "bfloat16"
     cache_dtype: str | None = None
-    decode: str = "replicated"
+    decode: str | None = None
+    """replicated or sharded; None: as the engine chooses."""
+    device_type: str = "cuda"
     zigzag: bool = True
     """Ring attention deals its pieces in zigzag; published rings give each rank one contiguous piece."""
 
@@ -39,6 +42,13 @@ class Workload:
     @property
     def cache_bytes(self) -> int:
         return DTYPE_BYTES[self.cache_dtype or self.dtype]
+
+    @property
+    def sliced(self) -> frozenset[Part]:
+        """What decode divides over cp."""
+        return sliced_parts(
+            self.decode, self.model, self.layout, itemsize=self.dtype_bytes, device_type=self.device_type
+        )
 
     @property
     def sizes(self) -> tuple[int, int]:
