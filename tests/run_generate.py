@@ -10,6 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import generate
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from nemo_star.launch import run_as_tool
 
@@ -21,7 +23,18 @@ def one(arguments):
             code, message = generate.main(arguments), None
         except (ValueError, OSError) as error:
             code, message = 1, str(error)
+    drop_groups()
     return {"code": code, "error": message, "stderr": errors.getvalue()}
+
+
+def drop_groups():
+    """Destroy the groups of a run: a hundred runs would have a thousand threads."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    for group in list(c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def main():
