@@ -185,7 +185,11 @@ class FrontDesk:
         self._tell(f"peak memory per rank: {peaks} MiB")
         if self.config.output_logits is not None:
             write_whole(Path(self.config.output_logits), lambda file: save_file(self._logits, file))
-        return EXIT_BAD_LINES if self._any_bad else 0
+        if not self._any_bad:
+            return 0
+        where = self.config.output or "the output"
+        self._tell(f"bad lines: {where} has an `error` field for each; exit code {EXIT_BAD_LINES}, torchrun's is 1")
+        return EXIT_BAD_LINES
 
     def _check_sizes(self, request: Request) -> None:
         """Raises ValueError for sizes that cannot run, warns of those that hardly make sense."""

@@ -137,6 +137,7 @@ def test_bfloat16_is_near(runs, name, tolerance):
 
 def test_bad_lines_are_answered_in_their_place(runs):
     assert runs.results["bad"]["code"] == 3
+    assert runs.results["bad"]["stderr"].count("has an `error` field for each; exit code 3") == 1
     first, empty, unknown, text, last = runs.lines("bad")
     assert without_stats([first, last]) == without_stats(runs.lines("plain")[:2])
     assert empty == {"id": "empty", "note": "kept", "error": "the context is empty"}
