@@ -1,6 +1,7 @@
 """Keys and values of this rank, layer by layer.
 
-A layer's K and V lie in one buffer each, [capacity, b, ng, hn], so that appending is one copy and reading is a view.
+A layer's K and V lie in one buffer each, seen as [capacity, b, ng, hn], so that appending is one copy and reading is a
+view. On CPU the tokens of a group lie one behind the other, which is the order in which decode attention reads them.
 Layers are keyed by Megatron's global, 1-based `layer_number`; a pipeline stage holds only its own. K is stored after
 rotary embedding, so a cached key never depends on where it lies in the buffer.
 """
@@ -82,10 +83,15 @@ class KVCache:
             layer.tokens = min(layer.tokens, tokens)
 
     def _grown(self, layer: _Layer | None, like: Tensor, kept: int, capacity: int) -> _Layer:
-        shape = (capacity, *like.shape[1:])
-        dtype = self.dtype or like.dtype
-        grown = _Layer(like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype), kept)
+        grown = _Layer(self._buffer(like, capacity), self._buffer(like, capacity), kept)
         if layer is not None and kept:
             grown.k[:kept].copy_(layer.k[:kept])
             grown.v[:kept].copy_(layer.v[:kept])
         return grown
+
+    def _buffer(self, like: Tensor, capacity: int) -> Tensor:
+        _, b, ng, hn = like.shape
+        dtype = self.dtype or like.dtype
+        if like.device.type == "cpu":
+            return like.new_empty((b, ng, capacity, hn), dtype=dtype).permute(2, 0, 1, 3)
+        return like.new_empty((capacity, b, ng, hn), dtype=dtype)

@@ -129,6 +129,7 @@ def _megatron() -> Finding:
 def _choice() -> Finding:
     import torch
 
+    from nemo_star.attention import streaming
     from nemo_star.attention.kernels import kernels_that_run
     from nemo_star.layer_spec import implementation_for
 
@@ -141,4 +142,6 @@ def _choice() -> Finding:
     told = (
         f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {first} (also: {', '.join(others)})"
     )
+    if device.type == "cpu" and not streaming.available():
+        told += "; decode over long contexts is several times faster with llvmlite: pip install 'nemo-star[cpu]'"
     return Finding("will run", f"{told}, {layers} layers")

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_star.attention.kernels import get_kernel, kernels_that_run
+from nemo_star.cache import KVCache
 
 TORCH_BACKENDS = {
     "torch:cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -95,13 +96,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q [sq, 1, np, hn]; k, v [sk, 1, ng, hn]."""
+    """q [sq, 1, np, hn]; k, v [sk, 1, ng, hn], as the cache lays them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(length: int, heads: int) -> Tensor:
         return torch.randn(length, 1, heads, shape.channels, generator=generator, device=device, dtype=dtype)
 
-    return make(shape.queries, shape.heads), make(shape.keys, shape.groups), make(shape.keys, shape.groups)
+    cache = KVCache()
+    cache.append(1, make(shape.keys, shape.groups), make(shape.keys, shape.groups))
+    k, v = cast("tuple[Tensor, Tensor]", cache.get(1))
+    return make(shape.queries, shape.heads), k, v
 
 
 def _contenders(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Contenders:

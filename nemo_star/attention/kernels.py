@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import nemo_star.attention.streaming as streaming
 from nemo_star.attention.parts import decode_by_parts, no_keys
 from nemo_star.attention.te import TEKernel
 from nemo_star.te_support import find_transformer_engine, is_loaded
@@ -59,10 +60,11 @@ class MathKernel:
 
 
 class CpuKernel:
-    """torch's flash attention for CPU: float32 or bfloat16, grouped queries without repeating K/V.
+    """torch's flash attention for CPU: float32, bfloat16 or float16, grouped queries without repeating K/V; over a long
+    cache, for one token, code made for it (`streaming.py`).
 
-    Its `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: `decode_by_parts` asks
-    for neither.
+    torch's `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: `decode_by_parts`
+    asks for neither.
     """
 
     name = "cpu"
@@ -73,6 +75,8 @@ class CpuKernel:
         return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        if streaming.streams(q, k, v):
+            return streaming.attend(q, k, v, scale)
         return decode_by_parts(_cpu_flash, q, k, v, scale, causal=causal)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nemo_star.engine import Engine
 
-ROUNDS = 5
+ROUNDS = 9
 
 
 def time_cache_reads(engine: Engine) -> dict[str, float]:
@@ -34,18 +34,16 @@ def time_cache_reads(engine: Engine) -> dict[str, float]:
         for k, v in layers:
             k.sum(), v.sum()
 
-    return {"decode_attention_seconds": _median(attend, engine), "kv_read_seconds": _median(read, engine)}
+    samples = [(_seconds(attend, engine), _seconds(read, engine)) for _ in range(ROUNDS + 1)]
+    attention, reads = zip(*samples[1:], strict=True)  # the first warms up
+    return {"decode_attention_seconds": statistics.median(attention), "kv_read_seconds": statistics.median(reads)}
 
 
 @torch.inference_mode()
-def _median(work: Callable[[], None], engine: Engine) -> float:
-    seconds = []
-    for turn in range(ROUNDS + 1):
-        dist.barrier(engine.groups.replica)
-        engine.synchronize()
-        started = time.perf_counter()
-        work()
-        engine.synchronize()
-        if turn:
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def _seconds(work: Callable[[], None], engine: Engine) -> float:
+    dist.barrier(engine.groups.replica)
+    engine.synchronize()
+    started = time.perf_counter()
+    work()
+    engine.synchronize()
+    return time.perf_counter() - started

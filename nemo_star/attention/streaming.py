@@ -1,0 +1,127 @@
+"""Decode attention on CPU at the speed of memory: one token's queries over the cached K/V.
+
+torch's flash attention for CPU prepares K and V for matrix products. Over a cache that is read once, for a few query
+rows, that takes four to five times as long as reading it. Here the code is made for the rows, the head dimension and
+the type at hand, and for this processor, by LLVM, which `pip install nemo-star[cpu]` brings; nobody needs a compiler.
+Without it torch's kernel does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_star.attention.merge import merge_partials
+
+MOST_ROWS = 16
+"""Query heads of a group: with more, arithmetic is the limit and not memory."""
+LEAST_BYTES = 2**22
+"""K and V of a layer: below, a quarter of a second for making the code is hundreds of tokens' gain."""
+TILE = 256
+TOKENS_PER_THREAD = 2048
+
+
+@functools.cache
+def available() -> bool:
+    try:
+        import llvmlite.binding  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def streams(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend` takes these, and gains by it: q [sq, b, np, hn]; k, v [sk, b, ng, hn]."""
+    return (
+        q.shape[0] == 1
+        and q.shape[2] // k.shape[2] <= MOST_ROWS
+        and 2 * k.nbytes >= LEAST_BYTES
+        and k.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and k.shape[3] % 16 == 0
+        and all(x.stride(0) == x.shape[3] and x.stride(3) == 1 for x in (k, v))
+        and available()
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One token's attention over all keys, by as many threads as torch has.
+
+    Args:
+        q: [1, b, np, hn], any float type.
+        k, v: [sk, b, ng, hn], sk > 0, float32, bfloat16 or float16; the tokens of a group one behind the other, as
+            `KVCache` lays them on CPU; hn a multiple of 16.
+
+    Returns:
+        out [1, b, np, hn] and lse [1, b, np], float32.
+    """
+    _, b, heads, hn = q.shape
+    sk, _, ng, _ = k.shape
+    rows = heads // ng
+    work = _code(rows, hn, str(k.dtype).removeprefix("torch."), *vector_unit())
+    threads = max(1, min(torch.get_num_threads(), sk // TOKENS_PER_THREAD))
+    q = q.float().contiguous() * (scale * math.log2(math.e))
+    out = q.new_empty(threads, *q.shape)
+    lse, sums = q.new_empty(2, threads, *q.shape[:-1])
+    room = q.new_empty(threads, (TILE + 1) * rows)
+
+    def run(part: int) -> None:
+        start, stop = sk * part // threads, sk * (part + 1) // threads
+        for batch in range(b):
+            tensors = (q[0], k[start], v[start], out[part, 0], lse[part, 0], sums[part, 0])
+            starts = [x[batch].data_ptr() for x in tensors]
+            work(*starts, room[part].data_ptr(), stop - start, ng, k.stride(2), v.stride(2))
+
+    if threads == 1:
+        run(0)
+    else:
+        list(_pool(threads).map(run, range(threads)))
+    lse.add_(sums.log2_()).mul_(math.log(2))  # from the largest score, and in base 2
+    return (out[0], lse[0]) if threads == 1 else merge_partials(out, lse)
+
+
+@functools.cache
+def vector_unit() -> tuple[int, int]:
+    """(floats in a vector register, vector registers) of this processor."""
+    from llvmlite import binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
+    return (8, 16) if features.get("avx2") else (4, 32 if arm else 16)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The code runs outside Python's lock, so Python's threads do."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="streaming")
+
+
+@functools.cache
+def _code(rows: int, channels: int, stored: str, width: int, registers: int) -> Callable[..., None]:
+    """The function of `streaming_code.module_of` as machine code for this processor."""
+    from llvmlite import binding as llvm
+
+    from nemo_star.attention.streaming_code import Shape, module_of
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    module = llvm.parse_assembly(str(module_of(Shape(rows, channels, stored, width, registers, TILE))))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(module, passes)
+    engine: Any = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4)
+    work: Any = signature(engine.get_function_address("attend"))
+    work.engine = engine  # the code goes when its engine does
+    return work

@@ -1,0 +1,118 @@
+"""Code made for decode on CPU, against plain float64 attention; for every width of vector registers, which LLVM splits
+or joins to those of the machine at hand."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_attention import reference
+
+from nemo_star.attention import streaming
+from nemo_star.attention.kernels import CpuKernel
+from nemo_star.cache import KVCache
+
+
+def cached(tokens, groups, channels, dtype=torch.float32, batch=1, factor=1.0):
+    """K and V as the cache lays them, of a request in two parts."""
+    generator = torch.Generator().manual_seed(tokens)
+    cache = KVCache(dtype)
+    cache.reset(tokens + 3)
+    for part in (tokens - tokens // 3, tokens // 3):
+        kv = [torch.randn(part, batch, groups, channels, generator=generator) * factor for _ in range(2)]
+        cache.append(1, *kv)
+    return cache.get(1)
+
+
+def query(heads, channels, batch=1):
+    return torch.randn(1, batch, heads, channels, generator=torch.Generator().manual_seed(heads))
+
+
+def check(q, k, v):
+    out, lse = streaming.attend(q, k, v, 0.3)
+    expected_out, expected_lse = reference(q, k, v, 0.3, causal=False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert out.dtype == lse.dtype == torch.float32
+
+
+@pytest.fixture(params=[(16, 32), (8, 16), (4, 32)], ids=["16 lanes", "8 lanes", "4 lanes"])
+def lanes(request, monkeypatch):
+    monkeypatch.setattr(streaming, "vector_unit", lambda: request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(8, 2, 64), (3, 3, 16), (14, 2, 80), (6, 1, 128)])
+def test_every_width_computes_attention(lanes, dtype, heads, groups, channels):
+    for tokens in (1, 15, 257, 600):  # less than a vector, more than a tile
+        check(query(heads, channels), *cached(tokens, groups, channels, dtype))
+
+
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(16, 1, 64), (5, 5, 256)])
+def test_many_rows_and_long_rows(heads, groups, channels):
+    check(query(heads, channels), *cached(700, groups, channels))
+
+
+def test_batches_and_threads(monkeypatch):
+    monkeypatch.setattr(streaming, "TOKENS_PER_THREAD", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    check(query(4, 32, batch=2), *cached(1000, 2, 32, batch=2))
+
+
+@pytest.mark.parametrize("factor", [100.0, 1000.0])
+def test_scores_far_apart_neither_overflow_nor_vanish(factor):
+    k, v = cached(900, 2, 64, factor=factor)
+    out, lse = streaming.attend(query(8, 64), k, v, 1.0)
+    expected_out, expected_lse = reference(query(8, 64), k, v, 1.0, causal=False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=0.0, rtol=1e-5)
+
+
+def test_nothing_is_read_or_written_beside_the_tensors():
+    """Whatever lies behind the last token, and nan would spread."""
+    k, v = cached(333, 2, 64)
+    whole = [torch.full((1, 2, 400, 64), math.nan) for _ in range(2)]
+    for buffer, part in zip(whole, (k, v), strict=True):
+        buffer[:, :, :333] = part.permute(1, 2, 0, 3)
+    views = [buffer.permute(2, 0, 1, 3)[:333] for buffer in whole]
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(
+            streaming.attend(query(8, 64), *views, 0.3), streaming.attend(query(8, 64), k, v, 0.3), strict=True
+        )
+    )
+    assert all(buffer[:, :, 333:].isnan().all() for buffer in whole)
+
+
+def test_the_cpu_kernel_streams_what_the_cache_holds(monkeypatch):
+    calls = []
+    monkeypatch.setattr(streaming, "attend", lambda *given: calls.append(given))
+    k, v = cached(8192, 2, 64)
+    CpuKernel().decode(query(8, 64), k, v, 0.3, causal=True)
+    assert len(calls) == 1
+
+
+def test_what_it_does_not_take_goes_to_torch(monkeypatch):
+    k, v = cached(8192, 2, 64)
+    assert streaming.streams(query(8, 64), k, v)
+    assert not streaming.streams(torch.zeros(2, 1, 8, 64), k, v)  # several tokens: matrix products
+    assert not streaming.streams(query(8, 64), k[:4000], v[:4000])  # short
+    assert not streaming.streams(query(64, 64), k, v)  # 32 heads to a group
+    assert not streaming.streams(query(8, 64), *(x.clone(memory_format=torch.contiguous_format) for x in (k, v)))
+    assert not streaming.streams(query(8, 64), k.double(), v.double())
+    assert not streaming.streams(query(8, 24), *cached(30000, 2, 24))
+    monkeypatch.setattr(streaming, "available", lambda: False)
+    assert not streaming.streams(query(8, 64), k, v)
+    out, lse = CpuKernel().decode(query(8, 64), k, v, 0.3, causal=False)
+    torch.testing.assert_close((out, lse), streaming.attend(query(8, 64), k, v, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_without_llvmlite_nothing_is_missing():
+    program = (
+        "import sys; sys.modules['llvmlite'] = None\n"
+        "from nemo_star.attention import kernels, streaming\n"
+        "assert not streaming.available()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
