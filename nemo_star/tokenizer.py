@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,10 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""A space in a vocabulary of SentencePiece."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
+_PART_CHARACTERS = 2**16
 _CONTEXT_MARK, _QUERY_MARK = "[context of nemo_star]", "[query of nemo_star]"
 
 
@@ -58,7 +65,28 @@ class Tokenizer:
         return self.hf.decode(list(ids), skip_special_tokens=True)
 
     def _ids(self, text: str) -> list[int]:
-        return self.hf(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Tokens of a text; of a long one part by part, where that gives the same and time grows with the length."""
+        cut = len(text) > _PART_CHARACTERS and self._words_stand_alone
+        parts = parts_at_spaces(text, _PART_CHARACTERS) if cut else [text]
+        return list(chain.from_iterable(self._each(parts)))
+
+    def _each(self, texts: list[str]) -> list[list[int]]:
+        return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @functools.cached_property
+    def _words_stand_alone(self) -> bool:
+        """A text may be cut at a space between two words, the space left out.
+
+        So in the byte pair encodings of SentencePiece (Llama 2, Mistral): no token goes on past a space, and every text
+        begins with one. They take a whole text as one word, in more than linear time; others cut it up by themselves.
+        """
+        if not _merges_pairs(self.hf):
+            return False
+        vocabulary = self.hf.get_vocab()
+        if _SPACE not in vocabulary or any(re.search(f"[^{_SPACE}]{_SPACE}| ", token) for token in vocabulary):
+            return False
+        whole, *words = self._each(["an end", "an", "end"])
+        return whole == list(chain.from_iterable(words))
 
     def _in_template(self, context: str, query: str) -> tuple[str, str]:
         if not getattr(self.hf, "chat_template", None):
@@ -73,6 +101,15 @@ class Tokenizer:
         before, between_and_after = rendered.split(_CONTEXT_MARK)
         between, after = between_and_after.split(_QUERY_MARK)
         return before + context + between, query + after
+
+
+def parts_at_spaces(text: str, characters: int) -> list[str]:
+    """A text cut at spaces between word characters, every `characters` or somewhat more; those spaces are left out."""
+    parts, start = [], 0
+    while start + characters < len(text) and (space := _BETWEEN_WORDS.search(text, start + characters)):
+        parts.append(text[start : space.start()])
+        start = space.end()
+    return [*parts, text[start:]]
 
 
 class SentencePieceAlone:
@@ -90,11 +127,27 @@ class SentencePieceAlone:
         )
         self.all_special_ids = [i for i in range(self._model.vocab_size()) if self._model.is_control(i)]
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": self._model.encode(text)}
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": self._model.encode(texts)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self._model.id_to_piece(i): i for i in range(self._model.vocab_size())}
+
+    @property
+    def merges_pairs(self) -> bool:
+        """Byte pair encoding: its scores are ranks. A unigram model's are logarithms of probabilities."""
+        return all(self._model.get_score(i).is_integer() for i in range(self._model.vocab_size()))
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return self._model.decode([i for i in ids if i not in self.all_special_ids])
+
+
+def _merges_pairs(tokenizer: Any) -> bool:
+    """Whether the tokenizer is known to be a byte pair encoding."""
+    if isinstance(tokenizer, SentencePieceAlone):
+        return tokenizer.merges_pairs
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(getattr(backend, "model", None)).__name__ == "BPE"
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -1,10 +1,17 @@
 import json
+import random
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoTokenizer
 
-from nemo_star.tokenizer import TextStream, Tokenizer, end_token_ids
+from nemo_star import tokenizer as tokenizer_module
+from nemo_star.tokenizer import SentencePieceAlone, TextStream, Tokenizer, end_token_ids, parts_at_spaces
+
+DEMO = Path(__file__).parent.parent / "assets" / "demo_model"
 
 
 class Bytes:
@@ -65,9 +72,9 @@ class Hugging:
     eos_token_id = 2
     chat_template = None
 
-    def __call__(self, text, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens, verbose):
         assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert add_generation_prompt
@@ -133,11 +140,80 @@ def test_a_template_that_changes_the_text_is_refused():
 
 
 def test_a_sentencepiece_model_alone_is_enough(tmp_path):
-    assets = Path(__file__).parent.parent / "assets" / "demo_model"
     for name in ("config.json", "tokenizer.model"):
-        shutil.copy(assets / name, tmp_path / name)
-    whole, alone = Tokenizer.load(assets), Tokenizer.load(tmp_path)
+        shutil.copy(DEMO / name, tmp_path / name)
+    whole, alone = Tokenizer.load(DEMO), Tokenizer.load(tmp_path)
     text = "One of the special magic numbers for easy-canyon is: 2138216. Ünïcode  too."
     assert alone.encode(text, "What is it?") == whole.encode(text, "What is it?")
     ids = whole.encode(text, "x")[0]
     assert alone.decode(ids) == whole.decode(ids)
+
+
+def long_text():
+    words = "the Größe of\n\n 12 needles  is <s> e\u0301tude, </s>x _ \t你好 世界 and\u3000so on. \n".split(" ")
+    return " ".join(random.Random(0).choices(words, k=3000))
+
+
+@pytest.mark.parametrize("files", [["tokenizer.model"], ["tokenizer.json", "tokenizer_config.json"]], ids=["sp", "hf"])
+def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tmp_path, monkeypatch, files):
+    for name in ["config.json", *files]:
+        shutil.copy(DEMO / name, tmp_path / name)
+    tokenizer = Tokenizer.load(tmp_path)
+    text = long_text()
+    whole = tokenizer._ids(text)
+    lengths = []
+    each = Tokenizer._each
+
+    def noted(self, texts):
+        lengths.extend(map(len, texts))
+        return each(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "_each", noted)
+    for characters in (1, 7, 100):
+        monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", characters)
+        lengths.clear()
+        assert tokenizer._ids(text) == whole
+        assert max(lengths) < characters + 200
+        assert sum(lengths) > len(text) * 0.8
+
+
+def test_parts_are_cut_between_words_only():
+    assert parts_at_spaces("ab cd  ef. gh ij", 1) == ["ab", "cd  ef. gh", "ij"]
+    assert parts_at_spaces("ab cd ef", 4) == ["ab cd", "ef"]
+    assert parts_at_spaces("ab cd ef", 8) == ["ab cd ef"]
+
+
+def trained(tmp_path, **options):
+    """A SentencePiece model of `long_text`."""
+    model = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(long_text().splitlines()), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
+    )
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return Tokenizer(SentencePieceAlone(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "may"),
+    [
+        ({"model_type": "bpe", "vocab_size": 120}, True),
+        ({"model_type": "bpe", "vocab_size": 200, "split_by_whitespace": False}, False),  # tokens of several words
+        ({"model_type": "bpe", "vocab_size": 120, "treat_whitespace_as_suffix": True}, False),
+        ({"model_type": "bpe", "vocab_size": 120, "add_dummy_prefix": False}, False),
+        ({"model_type": "unigram", "vocab_size": 80}, False),  # the best of all cuts is one of the whole text
+    ],
+)
+def test_a_tokenizer_that_looks_past_words_gets_the_whole_text(tmp_path, monkeypatch, options, may):
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    tokenizer = trained(tmp_path, **options)
+    assert tokenizer._words_stand_alone == may
+    expected = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(long_text())
+    assert tokenizer._ids(long_text()) == expected
+
+
+def test_a_tokenizer_that_is_no_sentencepiece_gets_the_whole_text():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    tokenizer.add_tokens(["two words"])
+    assert not Tokenizer(tokenizer)._words_stand_alone
+    assert not Tokenizer(Hugging())._words_stand_alone
