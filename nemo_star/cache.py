@@ -8,10 +8,22 @@ rotary embedding, so a cached key never depends on where it lies in the buffer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What the K (or V) of one layer looks like on this rank: [tokens, b, ng, hn]."""
+
+    batch: int
+    groups: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass
@@ -40,11 +52,11 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers of this rank; 0 before the first append."""
+        """Bytes that one token takes over all layers of this rank; 0 while it has no room."""
         return sum(2 * layer.k[0].nbytes for layer in self._layers.values() if layer.k.shape[0])
 
     def reset(self, capacity: int) -> None:
-        """Forget everything; room for `capacity` tokens is taken when a layer is first appended to.
+        """Forget everything; room for `capacity` tokens is taken by `reserve`, or when a layer is first appended to.
 
         A buffer that is large enough stays; a smaller one would be copied as it grows.
         """
@@ -52,6 +64,14 @@ class KVCache:
         self._layers = {number: layer for number, layer in self._layers.items() if layer.k.shape[0] >= capacity}
         for layer in self._layers.values():
             layer.tokens = 0
+
+    def reserve(self, layer_numbers: Iterable[int], shape: KVShape) -> None:
+        """Take the room of these layers now. Taken one by one during prefill, it would come to lie between buffers that
+        are freed soon, and keep an allocator from giving their memory back."""
+        like = torch.empty(0, shape.batch, shape.groups, shape.channels, dtype=shape.dtype, device=shape.device)
+        for number in layer_numbers:
+            if number not in self._layers:
+                self._layers[number] = self._grown(None, like, 0, self._capacity)
 
     def release(self) -> None:
         """Forget everything, and give the memory back."""

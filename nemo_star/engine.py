@@ -87,6 +87,7 @@ class Engine:
         ids = torch.tensor(context_ids, device=self.device)
         cp_rank = self.groups.cp.rank()
         self.state.cache.reset(partition.tokens_of(cp_rank) + min(new_tokens, MOST_RESERVED_TOKENS))
+        self.state.cache.reserve(self.stage.layer_numbers, self.stage.kv_shape)
         self.state.partition = partition
         self.state.anchor = anchor = self._shared_anchor(partition)
         for block in partition.ranks[cp_rank]:

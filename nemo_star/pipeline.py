@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_star.attention import KVShape
+from nemo_star.cache import KVShape
 from nemo_star.distributed import all_gather
 from nemo_star.rotary import PositionRotaryEmbedding
 from nemo_star.sequence_parallel import SequenceParallel

@@ -1,6 +1,6 @@
 import torch
 
-from nemo_star.cache import KVCache
+from nemo_star.cache import KVCache, KVShape
 
 
 def kv(tokens, seed=0):
@@ -61,3 +61,17 @@ def test_release_gives_the_memory_back():
     cache.release()
     assert cache.get(1) is None
     assert cache.bytes_per_token == 0
+
+
+def test_reserved_room_is_used_and_empty():
+    cache = KVCache()
+    cache.reset(6)
+    cache.reserve([1, 2], KVShape(1, 2, 4, torch.float32, torch.device("cpu")))
+    assert cache.get(1) is None
+    assert cache.tokens == 0
+    places = [layer.k.data_ptr() for layer in cache._layers.values()]
+    cache.append(2, *kv(6))
+    assert cache.get(2)[0].data_ptr() == places[1]
+    cache.reset(5)
+    cache.reserve([1, 2], KVShape(1, 2, 4, torch.float32, torch.device("cpu")))
+    assert [layer.k.data_ptr() for layer in cache._layers.values()] == places

@@ -187,7 +187,11 @@ def trained(tmp_path, **options):
     """A SentencePiece model of `long_text`."""
     model = BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(long_text().splitlines()), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
+        sentence_iterator=iter(long_text().splitlines()),
+        model_writer=model,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
     )
     file = tmp_path / "tokenizer.model"
     file.write_bytes(model.getvalue())

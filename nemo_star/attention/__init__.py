@@ -1,6 +1,6 @@
 """Attention kinds behind Megatron's `core_attention` socket."""
 
-from nemo_star.attention.anchor import KVShape, SharedAnchor
+from nemo_star.attention.anchor import SharedAnchor
 from nemo_star.attention.core import AttentionState, CoreAttention
 from nemo_star.attention.dense import DenseAttention
 from nemo_star.attention.ring import RingAttention
@@ -15,4 +15,4 @@ ATTENTION: dict[str, type[CoreAttention]] = {
 }
 """Attention kind of the recipe -> module of the layer spec."""
 
-__all__ = ["ATTENTION", "AttentionState", "CoreAttention", "KVShape", "SharedAnchor"]
+__all__ = ["ATTENTION", "AttentionState", "CoreAttention", "SharedAnchor"]

@@ -9,22 +9,12 @@ takes part in each, in the order of the layers.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class KVShape:
-    """What the K (or V) of one layer looks like on this rank: [tokens, b, ng, hn]."""
-
-    batch: int
-    groups: int
-    channels: int
-    dtype: torch.dtype
-    device: torch.device
+from nemo_star.cache import KVShape
 
 
 class SharedAnchor:
