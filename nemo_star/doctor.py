@@ -142,6 +142,9 @@ def _choice() -> Finding:
     told = (
         f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {first} (also: {', '.join(others)})"
     )
-    if device.type == "cpu" and not streaming.available():
-        told += "; decode over long contexts is several times faster with llvmlite: pip install 'nemo-star[cpu]'"
+    if device.type == "cpu":
+        llvm = streaming.llvm_version()
+        told += (
+            f" with llvmlite {llvm}" if llvm else " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
+        )
     return Finding("will run", f"{told}, {layers} layers")

@@ -96,15 +96,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q [sq, 1, np, hn]; k, v [sk, 1, ng, hn], as the cache lays them."""
+    """q [sq, 1, np, hn]; k, v [sk, 1, ng, hn], in decode as the cache lays them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(length: int, heads: int) -> Tensor:
         return torch.randn(length, 1, heads, shape.channels, generator=generator, device=device, dtype=dtype)
 
-    cache = KVCache()
-    cache.append(1, make(shape.keys, shape.groups), make(shape.keys, shape.groups))
-    k, v = cast("tuple[Tensor, Tensor]", cache.get(1))
+    k, v = make(shape.keys, shape.groups), make(shape.keys, shape.groups)
+    if shape.phase == "decode":
+        cache = KVCache()
+        cache.append(1, k, v)
+        k, v = cast("tuple[Tensor, Tensor]", cache.get(1))
     return make(shape.queries, shape.heads), k, v
 
 

@@ -85,6 +85,9 @@ class Tokenizer:
         vocabulary = self.hf.get_vocab()
         if _SPACE not in vocabulary or any(re.search(f"[^{_SPACE}]{_SPACE}| ", token) for token in vocabulary):
             return False
+        added = [token.content for token in getattr(self.hf, "added_tokens_decoder", {}).values()]
+        if any(re.search(r"^\w|\w$", content) for content in added):  # a cut beside it would take its space
+            return False
         whole, *words = self._each(["an end", "an", "end"])
         return whole == list(chain.from_iterable(words))
 
@@ -146,8 +149,8 @@ def _merges_pairs(tokenizer: Any) -> bool:
     """Whether the tokenizer is known to be a byte pair encoding."""
     if isinstance(tokenizer, SentencePieceAlone):
         return tokenizer.merges_pairs
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(getattr(backend, "model", None)).__name__ == "BPE"
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return type(model).__name__ == "BPE" and not model.dropout and not model.ignore_merges
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:

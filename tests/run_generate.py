@@ -13,7 +13,10 @@ import generate
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from nemo_star.attention import streaming
 from nemo_star.launch import run_as_tool
+
+LEAST_BYTES = streaming.LEAST_BYTES
 
 
 def one(arguments):
@@ -39,7 +42,10 @@ def drop_groups():
 
 def main():
     runs = Path(sys.argv[1])
-    results = [one(arguments) for arguments in json.loads(runs.read_text())]
+    results = []
+    for number, arguments in enumerate(json.loads(runs.read_text())):
+        streaming.LEAST_BYTES = 0 if number % 2 else LEAST_BYTES  # every other run decodes by the code made for it
+        results.append(one(arguments))
     if os.environ["RANK"] == "0":
         runs.with_name(runs.name + ".results").write_text(json.dumps(results))
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from nemo_star import tokenizer as tokenizer_module
 from nemo_star.tokenizer import SentencePieceAlone, TextStream, Tokenizer, end_token_ids, parts_at_spaces
@@ -216,8 +216,36 @@ def test_a_tokenizer_that_looks_past_words_gets_the_whole_text(tmp_path, monkeyp
     assert tokenizer._ids(long_text()) == expected
 
 
-def test_a_tokenizer_that_is_no_sentencepiece_gets_the_whole_text():
-    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
-    tokenizer.add_tokens(["two words"])
-    assert not Tokenizer(tokenizer)._words_stand_alone
+def test_only_a_vocabulary_of_sentencepiece_is_cut():
     assert not Tokenizer(Hugging())._words_stand_alone
+
+
+@pytest.mark.parametrize(("scheme", "may"), [("first", True), ("always", True), ("never", False)])
+def test_other_ways_to_begin_a_text(tmp_path, monkeypatch, scheme, may):
+    """transformers 5 makes tokenizer.json of Llama 2 with a pre-tokenizer instead of a normalizer."""
+    changed = json.loads((DEMO / "tokenizer.json").read_text())
+    changed["normalizer"] = None
+    changed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path / name)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer._words_stand_alone == may
+    whole = tokenizer._ids(long_text())
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    assert tokenizer._ids(long_text()) == whole
+
+
+@pytest.mark.parametrize(
+    ("added", "may"),
+    [("<needle>", True), ("two words", False), ("needle", False), (AddedToken("of", rstrip=True, lstrip=True), False)],
+)
+def test_added_tokens_that_begin_or_end_like_a_word_forbid_it(monkeypatch, added, may):
+    hugging = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    hugging.add_tokens([added])
+    tokenizer = Tokenizer(hugging)
+    assert tokenizer._words_stand_alone == may
+    text = long_text().replace("12", "<needle> needle two words")
+    whole = tokenizer._ids(text)
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    assert tokenizer._ids(text) == whole

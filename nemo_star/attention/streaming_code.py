@@ -17,27 +17,19 @@ to the end of a page: it asks for one line of the page after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 from llvmlite import ir
 
+from nemo_star.attention.vector_code import F32, I16, I32, I64, POINTER, VectorCode
+
 CACHE_LINE = 64
 PAGE = 4096
 
-I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
-F32 = ir.FloatType()
-POINTER = ir.PointerType()
 STORED = {"float32": F32, "float16": ir.HalfType(), "bfloat16": I16}
-
-EXP2 = (1.54035304e-4, 1.33335581e-3, 9.61812911e-3, 5.55041087e-2, 2.40226507e-1, 6.93147181e-1, 1.0)
-"""2**x for |x| <= 1/2, highest power first: the Taylor series of exp(x log 2), off by less than 2e-8."""
-
-ROUND = 1.5 * 2.0**23
-"""Added to a float32, it leaves the nearest whole number in the low bits."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +72,11 @@ def module_of(shape: Shape) -> ir.Module:
     return module
 
 
-class _Attend:
+class _Attend(VectorCode):
     def __init__(self, function: ir.Function, shape: Shape) -> None:
-        self.module = function.module
+        super().__init__(function, shape.width)
         self.shape = shape
-        self.vector = ir.VectorType(F32, shape.width)
         self.arguments = function.args
-        self.entry = function.append_basic_block()
-        self.builder = ir.IRBuilder(self.entry)
 
     def emit(self) -> None:
         b, shape = self.builder, self.shape
@@ -97,28 +86,28 @@ class _Attend:
             self.begin()
             with self.loop(I64(0), self.tokens, shape.tile) as tile:
                 left = b.sub(self.tokens, tile)
-                here = b.select(b.icmp_signed("<", left, I64(shape.tile)), left, I64(shape.tile))
-                with self.loop(I64(0), here, shape.width) as start:
-                    self.in_blocks(1, partial(self.dots, tile, start, here))
+                in_tile = b.select(b.icmp_signed("<", left, I64(shape.tile)), left, I64(shape.tile))
+                with self.loop(I64(0), in_tile, shape.width) as start:
+                    self.in_blocks(1, partial(self.dots, tile, start, in_tile))
                 with self.loop(I64(0), I64(shape.rows), 1) as row:
-                    self.softmax(row, here)
+                    self.softmax(row, in_tile)
                 columns = min(shape.vectors, 8)
                 for first in range(0, shape.vectors, columns):
                     span = range(first, min(first + columns, shape.vectors))
-                    self.in_blocks(columns, partial(self.accumulate, tile, here, span))
+                    self.in_blocks(columns, partial(self.accumulate, tile, in_tile, span))
             with self.loop(I64(0), I64(shape.rows), 1) as row:
                 self.finish(row)
         b.ret_void()
 
     def in_blocks(self, vectors: int, emit: Callable[[list[ir.Value]], None]) -> None:
         """`emit` for blocks of rows, so many that `vectors` registers for each take half of the registers at most."""
-        most = max(1, min(4, self.shape.registers // 2 // vectors))
-        even = self.shape.rows // most * most
-        if even:
-            with self.loop(I64(0), I64(even), most) as first:
-                emit([self.builder.add(first, I64(row)) for row in range(most)])
-        if even < self.shape.rows:
-            emit([I64(row) for row in range(even, self.shape.rows)])
+        size = max(1, min(4, self.shape.registers // 2 // vectors))
+        together = self.shape.rows // size * size
+        if together:
+            with self.loop(I64(0), I64(together), size) as first:
+                emit([self.builder.add(first, I64(row)) for row in range(size)])
+        if together < self.shape.rows:
+            emit([I64(row) for row in range(together, self.shape.rows)])
 
     def find(self, group: ir.Value) -> None:
         """Addresses of a group's tensors."""
@@ -141,7 +130,7 @@ class _Attend:
         with self.loop(I64(0), I64(self.shape.rows * self.shape.channels), self.shape.width) as place:
             self.store(self.constant(0.0), self.out, place)
 
-    def dots(self, tile: ir.Value, start: ir.Value, here: ir.Value, rows: list[ir.Value]) -> None:
+    def dots(self, tile: ir.Value, start: ir.Value, in_tile: ir.Value, rows: list[ir.Value]) -> None:
         """Scores of `width` tokens of the tile from `start` on; -inf behind the last token."""
         b, width = self.builder, self.shape.width
         last = b.sub(self.tokens, I64(1))
@@ -162,7 +151,7 @@ class _Attend:
             return sums
 
         places = b.add(self.splat(b.trunc(start, I32), I32), ir.Constant(ir.VectorType(I32, width), list(range(width))))
-        seen = b.icmp_signed("<", places, self.splat(b.trunc(here, I32), I32))
+        seen = b.icmp_signed("<", places, self.splat(b.trunc(in_tile, I32), I32))
         for row, total in zip(rows, self.sum_lanes(token_sums, 0, width), strict=True):
             self.store(b.select(seen, total, self.constant(float("-inf"))), self.scores, self.score(row, start))
 
@@ -183,17 +172,17 @@ class _Attend:
         b = self.builder
         return [b.fadd(*(b.shuffle_vector(left, right, pick) for pick in picks)) for left, right in pairs]
 
-    def softmax(self, row: ir.Value, here: ir.Value) -> None:
+    def softmax(self, row: ir.Value, in_tile: ir.Value) -> None:
         """Scores of a row to weights; `largest`, `sums` and what `out` shrinks by brought up to date."""
         b = self.builder
         before = self.load(self.largest, row, F32)
-        most = self.variable(self.splat(before))
-        with self.loop(I64(0), here, self.shape.width) as start:
+        largest = self.variable(self.splat(before))
+        with self.loop(I64(0), in_tile, self.shape.width) as start:
             scores = self.load(self.scores, self.score(row, start))
-            b.store(self.call("llvm.maxnum", self.vector, b.load(most, typ=self.vector), scores), most)
-        now = self.reduce("fmax", b.load(most, typ=self.vector))
+            b.store(self.call("llvm.maxnum", self.vector, b.load(largest, typ=self.vector), scores), largest)
+        now = self.reduce("fmax", b.load(largest, typ=self.vector))
         total = self.variable(self.constant(0.0))
-        with self.loop(I64(0), here, self.shape.width) as start:
+        with self.loop(I64(0), in_tile, self.shape.width) as start:
             place = self.score(row, start)
             weights = self.exp2(b.fsub(self.load(self.scores, place), self.splat(now)))
             self.store(weights, self.scores, place)
@@ -204,7 +193,7 @@ class _Attend:
         self.store(now, self.largest, row)
         self.store(factor, self.factors, row)
 
-    def accumulate(self, tile: ir.Value, here: ir.Value, span: range, rows: list[ir.Value]) -> None:
+    def accumulate(self, tile: ir.Value, in_tile: ir.Value, span: range, rows: list[ir.Value]) -> None:
         """out = factor * out + weights @ values over the tokens of the tile; vectors number `span` of every row."""
         b = self.builder
         sums = []
@@ -212,7 +201,7 @@ class _Attend:
             factor = self.splat(self.load(self.factors, row, F32))
             places = [self.out_place(row, column) for column in span]
             sums.append([(self.variable(b.fmul(self.load(self.out, place), factor)), place) for place in places])
-        with self.loop(I64(0), here, 1) as token:
+        with self.loop(I64(0), in_tile, 1) as token:
             place = b.add(tile, token)
             if span.start == 0:
                 self.prefetch(self.v, b.add(place, I64(PAGE // self.shape.row_bytes)), CACHE_LINE)
@@ -232,7 +221,7 @@ class _Attend:
             place = self.out_place(row, column)
             self.store(b.fmul(self.load(self.out, place), share), self.out, place)
 
-    # Addresses
+    # Where things are
 
     def score(self, row: ir.Value, token: ir.Value) -> ir.Value:
         return self.builder.add(self.builder.mul(row, I64(self.shape.tile)), token)
@@ -246,7 +235,7 @@ class _Attend:
         return self.floats(source, self.builder.mul(token, I64(self.shape.channels)), span, self.shape.stored)
 
     def prefetch(self, source: ir.Value, token: ir.Value, size: int) -> None:
-        """Ask for the first bytes of a token's K or V; past the last token nothing happens."""
+        """Ask for the first bytes of a token's K or V; an address past the end does no harm."""
         b = self.builder
         b.fence("seq_cst", targetscope="singlethread")  # keeps LLVM from asking for many tokens at once; no instruction
         ask = self.declared("llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32]))
@@ -255,8 +244,6 @@ class _Attend:
                 source, [b.add(b.mul(token, I64(self.shape.row_bytes)), I64(offset))], source_etype=ir.IntType(8)
             )
             b.call(ask, [address, I32(0), I32(2), I32(1)])  # to be read; into the second cache; data
-
-    # Values
 
     def floats(
         self, source: ir.Value, start: ir.Value, span: range | None = None, stored: str = "float32"
@@ -275,76 +262,3 @@ class _Attend:
                 value = b.fpext(value, self.vector)
             found.append(value)
         return found
-
-    def exp2(self, x: ir.Value) -> ir.Value:
-        """2**x, for x <= 0, at least 2**-126: a polynomial, and the whole part added to its exponent."""
-        b, width, constant = self.builder, self.shape.width, self.constant
-        x = self.call("llvm.maxnum", self.vector, x, constant(-126.0))
-        shifted = b.fadd(x, constant(ROUND))
-        rest = b.fsub(x, b.fsub(shifted, constant(ROUND)))
-        value = constant(EXP2[0])
-        for term in EXP2[1:]:
-            value = self.fma(value, rest, constant(term))
-        integers = ir.VectorType(I32, width)
-        whole = b.shl(b.bitcast(shifted, integers), ir.Constant(integers, [23] * width))
-        return b.bitcast(b.add(b.bitcast(value, integers), whole), self.vector)
-
-    def constant(self, value: float) -> ir.Constant:
-        return ir.Constant(self.vector, [value] * self.shape.width)
-
-    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        return self.call("llvm.fmuladd", self.vector, x, y, z)
-
-    def splat(self, x: ir.Value, item: ir.Type = F32) -> ir.Value:
-        kind = ir.VectorType(item, self.shape.width)
-        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), x, I32(0))
-        lanes = ir.Constant(ir.VectorType(I32, self.shape.width), [0] * self.shape.width)
-        return self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), lanes)
-
-    def reduce(self, operation: str, x: ir.Value) -> ir.Value:
-        """A vector's largest lane, or its lanes' sum in any order."""
-        width = self.shape.width
-        name = f"llvm.vector.reduce.{operation}.v{width}f32"
-        if operation == "fmax":
-            return self.builder.call(self.declared(name, ir.FunctionType(F32, [self.vector])), [x])
-        function = self.declared(name, ir.FunctionType(F32, [F32, self.vector]))
-        return self.builder.call(function, [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
-
-    def call(self, name: str, kind: ir.Type, *arguments: ir.Value) -> ir.Value:
-        function = self.declared(f"{name}.v{self.shape.width}f32", ir.FunctionType(kind, [kind] * len(arguments)))
-        return self.builder.call(function, arguments)
-
-    def declared(self, name: str, signature: ir.FunctionType) -> ir.Function:
-        return self.module.globals.get(name) or ir.Function(self.module, signature, name=name)
-
-    def load(self, source: ir.Value, index: ir.Value, kind: ir.Type | None = None) -> ir.Value:
-        address = self.builder.gep(source, [index], source_etype=F32)
-        return self.builder.load(address, align=4, typ=kind or self.vector)
-
-    def store(self, value: ir.Value, target: ir.Value, index: ir.Value) -> None:
-        self.builder.store(value, self.builder.gep(target, [index], source_etype=F32), align=4)
-
-    # Control
-
-    def variable(self, value: ir.Value) -> ir.Value:
-        """A value that changes in a loop. Taken at the function's entry, where LLVM turns it into a register."""
-        with self.builder.goto_block(self.entry):
-            place = self.builder.alloca(value.type)
-        self.builder.store(value, place)
-        return place
-
-    @contextmanager
-    def loop(self, start: ir.Value, stop: ir.Value, step: int) -> Iterator[ir.Value]:
-        """`for (i = start; i < stop; i += step)`."""
-        b = self.builder
-        before, head, body, after = b.block, *(b.append_basic_block() for _ in range(3))
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(I64)
-        index.add_incoming(start, before)
-        b.cbranch(b.icmp_signed("<", index, stop), body, after)
-        b.position_at_end(body)
-        yield index
-        index.add_incoming(b.add(index, I64(step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
