@@ -1,7 +1,7 @@
 """Decode attention on CPU at the speed of memory: one token's queries over the cached K/V.
 
 torch's flash attention for CPU prepares K and V for matrix products. Over a cache that is read once, for a few query
-rows, that takes four to five times as long as reading it. Here the code is made for the rows, the head dimension and
+rows, that takes three to five times as long as reading it. Here the code is made for the rows, the head dimension and
 the type at hand, and for this processor, by LLVM, which `pip install nemo-star[cpu]` brings; nobody needs a compiler.
 Without it torch's kernel does the work.
 """
