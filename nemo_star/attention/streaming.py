@@ -32,7 +32,7 @@ LEAST_BYTES = 2**22
 BYTES_PER_THREAD = 2**20
 """Of K and V: below, handing the work over takes longer than the work."""
 TILE = 256
-"""Tokens: the fastest of 32 to 2,048 at 64 to 256 channels. K of a tile and the next have to fit the second cache."""
+"""Tokens: the fastest of 32 to 2,048 at 64 channels. K of a tile and of the next have to fit the second cache."""
 
 
 @functools.cache
