@@ -85,24 +85,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     out = q.new_empty(threads, *q.shape)
     lse, sums = q.new_empty(2, threads, *q.shape[:-1])
     room = q.new_empty(threads, (TILE + 1) * rows)
-    parts = []
+    shares: list[list[list[int]]] = []  # for each thread, arguments of its calls
     for thread in range(threads):
         start, stop = sk * thread // threads, sk * (thread + 1) // threads
         tensors = (q[0], k[start], v[start], out[thread, 0], lse[thread, 0], sums[thread, 0])
-        lengths = (stop - start, ng, k.stride(2), v.stride(2))
-        for batch in range(b):
-            starts = [x[batch].data_ptr() for x in tensors]
-            parts.append((thread, [*starts, room[thread].data_ptr(), *lengths]))
+        rest = [room[thread].data_ptr(), stop - start, ng, k.stride(2), v.stride(2)]
+        shares.append([[x[batch].data_ptr() for x in tensors] + rest for batch in range(b)])
 
-    def run(thread: int) -> None:
-        for owner, arguments in parts:
-            if owner == thread:
-                work(*arguments)
+    def run(share: list[list[int]]) -> None:
+        for arguments in share:
+            work(*arguments)
 
     if threads == 1:
-        run(0)
+        run(shares[0])
     else:
-        list(_pool(torch.get_num_threads()).map(run, range(threads)))
+        list(_pool(torch.get_num_threads()).map(run, shares))
     lse.add_(sums.log2_()).mul_(math.log(2))  # from the largest score, and in base 2
     return (out[0], lse[0]) if threads == 1 else merge_partials(out, lse)
 
