@@ -12,15 +12,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_star.attention import AttentionState
-from nemo_star.attention.kernels import get_kernel
-from nemo_star.cache import KVCache
-from nemo_star.config import AttentionConfig
-from nemo_star.decode_sharding import install
-from nemo_star.distributed import groups_from_parallel_state
-from nemo_star.engine import Engine
-from nemo_star.model import star_layer_spec
-from nemo_star.pipeline import Stage
-from nemo_star.rotary import PositionRotaryEmbedding
+from nemo_star.attention.cache import KVCache
+from nemo_star.config.recipe import AttentionConfig
+from nemo_star.engine.engine import Engine
+from nemo_star.kernels.registry import get_kernel
+from nemo_star.models.build import star_layer_spec
+from nemo_star.models.decode_sharding import install
+from nemo_star.models.rotary import PositionRotaryEmbedding
+from nemo_star.models.stage import Stage
+from nemo_star.parallel.groups import groups_from_parallel_state
 
 VOCAB_SIZE = 128
 

@@ -33,8 +33,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def groups():
     """Process groups of one process, for tests in the test process."""
-    from nemo_star.distributed import create_groups, initialize_alone
-    from nemo_star.shape import Layout
+    from nemo_star.config.model import Layout
+    from nemo_star.parallel.groups import create_groups, initialize_alone
 
     initialize_alone()
     return create_groups(Layout(tp=1, cp=1, dp=1, pp=1))
@@ -49,7 +49,7 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def transformer_engine():
     """(what was found, the package): for kernels, which want no Megatron; hidden again outside of them."""
-    from nemo_star.te_support import find_transformer_engine
+    from nemo_star.runtime.transformer_engine import find_transformer_engine
 
     hidden = sys.modules.pop("transformer_engine", "nothing hidden") is None
     found, package = find_transformer_engine(), sys.modules.get("transformer_engine")

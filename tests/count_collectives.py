@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from nemo_star.checkpoint.description import read_description
-from nemo_star.config import GenerateConfig, parse
-from nemo_star.distributed import create_groups, initialize
-from nemo_star.generation import build_engine
-from nemo_star.launch import run_as_tool
-from nemo_star.shape import plan_layout
+from nemo_star.config.model import plan_layout
+from nemo_star.config.recipe import GenerateConfig, parse
+from nemo_star.parallel.groups import create_groups, initialize
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.serving.generate import build_engine
 
 KINDS = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "isend", "irecv", "send", "recv")
 NAMES = [name for name in dir(dist) if name.startswith(KINDS) and callable(getattr(dist, name))]

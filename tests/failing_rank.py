@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from nemo_star.launch import run_as_tool
+from nemo_star.runtime.launch import run_as_tool
 
 
 def main():

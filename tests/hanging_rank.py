@@ -5,9 +5,9 @@ import threading
 import torch
 import torch.distributed as dist
 
-from nemo_star.distributed import initialize
-from nemo_star.launch import run_as_tool
-from nemo_star.watchdog import watchdog_of_this_job
+from nemo_star.parallel.groups import initialize
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.runtime.watchdog import watchdog_of_this_job
 
 
 def main():

@@ -13,8 +13,8 @@ import generate
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from nemo_star.attention import streaming
-from nemo_star.launch import run_as_tool
+from nemo_star.kernels import streaming
+from nemo_star.runtime.launch import run_as_tool
 
 LEAST_BYTES = streaming.LEAST_BYTES
 

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from nemo_star.checkpoint.description import read_description
-from nemo_star.config import GenerateConfig, parse
-from nemo_star.distributed import create_groups, gather_objects, initialize
-from nemo_star.generation import build_engine
-from nemo_star.launch import run_as_tool
-from nemo_star.shape import plan_layout
+from nemo_star.config.model import plan_layout
+from nemo_star.config.recipe import GenerateConfig, parse
+from nemo_star.parallel.groups import create_groups, gather_objects, initialize
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.serving.generate import build_engine
 
 
 def run(checkpoint, block_size, sequence_parallel, dtype="float32"):

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from nemo_star.te_support import find_transformer_engine
+from nemo_star.runtime.transformer_engine import find_transformer_engine
 
 FOUND = find_transformer_engine()  # before Megatron is imported, as the tools do
 
 from transformer_engine.pytorch.calls import CALLS  # noqa: E402
 
 from nemo_star import model as model_module  # noqa: E402
-from nemo_star.attention.te import TEKernel  # noqa: E402
 from nemo_star.checkpoint.description import read_description  # noqa: E402
-from nemo_star.config import GenerateConfig, parse  # noqa: E402
-from nemo_star.distributed import create_groups, initialize_alone  # noqa: E402
-from nemo_star.generation import build_engine  # noqa: E402
-from nemo_star.shape import Layout  # noqa: E402
+from nemo_star.config.model import Layout  # noqa: E402
+from nemo_star.config.recipe import GenerateConfig, parse  # noqa: E402
+from nemo_star.kernels.te import TEKernel  # noqa: E402
+from nemo_star.parallel.groups import create_groups, initialize_alone  # noqa: E402
+from nemo_star.serving.generate import build_engine  # noqa: E402
 
 
 def run(checkpoint, implementation, groups, decode_group=None):

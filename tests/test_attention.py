@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nemo_star.attention import kernels as kernels_module
-from nemo_star.attention.kernels import get_kernel
 from nemo_star.attention.merge import merge_partials
-from nemo_star.te_support import find_transformer_engine
+from nemo_star.kernels.registry import get_kernel
+from nemo_star.runtime.transformer_engine import find_transformer_engine
 
 
 def reference(q, k, v, scale, causal):

@@ -7,7 +7,7 @@ import torch
 from launch import ROOT, torchrun
 
 from nemo_star.benchmarking.report import check_plots, draw, table
-from nemo_star.config import BenchmarkConfig, parse
+from nemo_star.config.recipe import BenchmarkConfig, parse
 
 KINDS = ["star:shared", "star:recompute", "ring+decode:sharded", "ulysses+decode:replicated", "dense", "transformers"]
 LENGTHS = [96, 160]
@@ -82,7 +82,7 @@ def test_a_kind_named_twice_is_refused():
 def test_transformers_computes_the_same_on_our_weights(groups):
     from nemo_star.benchmarking.contenders import ALONE, build_contenders
     from nemo_star.benchmarking.hugging_face import build_llama, timed_generation
-    from nemo_star.shape import ModelConfig
+    from nemo_star.config.model import ModelConfig
 
     config = parse(BenchmarkConfig, {"compare": ["dense", "transformers"], "model": SHAPE})
     model = ModelConfig(**SHAPE, num_query_groups=2, kv_channels=8, max_position_embeddings=200)

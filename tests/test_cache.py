@@ -1,6 +1,6 @@
 import torch
 
-from nemo_star.cache import KVCache, KVShape
+from nemo_star.attention.cache import KVCache, KVShape
 
 
 def kv(tokens, seed=0):

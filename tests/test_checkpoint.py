@@ -85,8 +85,8 @@ def test_export_gives_back_the_same_tensors(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_logits_are_those_of_transformers(tmp_path, groups, variant):
-    from nemo_star.config import GenerateConfig, parse
-    from nemo_star.generation import build_engine
+    from nemo_star.config.recipe import GenerateConfig, parse
+    from nemo_star.serving.generate import build_engine
 
     hf_model(tmp_path / "hf", variant)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)

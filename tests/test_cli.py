@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch import ROOT, run_tool, torchrun
 from omegaconf import OmegaConf
 
-from nemo_star.cli import RECIPES, compose, quote, quote_literal
-from nemo_star.config import BenchmarkConfig, GenerateConfig
+from nemo_star.config.compose import RECIPES, compose, quote, quote_literal
+from nemo_star.config.recipe import BenchmarkConfig, GenerateConfig
 
 GENERATE = ROOT / "tools" / "generate.py"
 LITERAL = ("checkpoint", "context", "query", "output")

@@ -1,6 +1,6 @@
 import pytest
 
-from nemo_star.config import AttentionConfig, GenerateConfig, InferenceConfig, ParallelConfig, parse
+from nemo_star.config.recipe import AttentionConfig, GenerateConfig, InferenceConfig, ParallelConfig, parse
 
 QUESTION = {"checkpoint": "c", "context": "a", "query": "b"}
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from nemo_star.attention import AttentionState
-from nemo_star.attention.kernels import get_kernel
-from nemo_star.cache import KVCache
-from nemo_star.config import MLP_CHUNK_TOKENS
-from nemo_star.decode_sharding import PhasedMLP
-from nemo_star.partition import Block
+from nemo_star.attention.cache import KVCache
+from nemo_star.config.recipe import MLP_CHUNK_TOKENS
+from nemo_star.kernels.registry import get_kernel
+from nemo_star.methods.partition import Block
+from nemo_star.models.decode_sharding import PhasedMLP
 
 
 def state_of(groups, **fields):

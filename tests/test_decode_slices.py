@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemo_star.decode_slices import sliced_parts, weight_elements_read
-from nemo_star.shape import Layout, ModelConfig
+from nemo_star.config.model import Layout, ModelConfig
+from nemo_star.parallel.decode_slices import sliced_parts, weight_elements_read
 
 
 def model(hidden, ffn, heads=8, groups=2):

@@ -5,8 +5,8 @@ import sys
 import pytest
 from launch import ROOT, read_jsonl, run_tool, torchrun, write_jsonl
 
-from nemo_star import doctor
-from nemo_star.te_support import find_transformer_engine, is_loaded, prepare_imports, unrelated_apex
+from nemo_star.commands import doctor
+from nemo_star.runtime.transformer_engine import find_transformer_engine, is_loaded, prepare_imports, unrelated_apex
 
 MISSING = "libtransformer_engine.so: cannot open shared object file"
 

@@ -1,9 +1,9 @@
 import pytest
 
-from nemo_star.config import AttentionConfig
-from nemo_star.flops import prefill_flops
-from nemo_star.partition import PARTITIONS
-from nemo_star.shape import ModelConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.recipe import AttentionConfig
+from nemo_star.methods.partition import PARTITIONS
+from nemo_star.planning.flops import prefill_flops
 
 MODEL = ModelConfig(
     num_layers=2,

@@ -223,8 +223,8 @@ def test_an_end_token_ends_the_answer(runs, tmp_path, tiny):
 
 def test_prefill_never_computes_logits(tiny, groups):
     from nemo_star.checkpoint.description import read_description
-    from nemo_star.config import GenerateConfig, parse
-    from nemo_star.generation import build_engine
+    from nemo_star.config.recipe import GenerateConfig, parse
+    from nemo_star.serving.generate import build_engine
 
     values = {"checkpoint": str(tiny), "context": "-", "query": "-", "attention": {"block_size": 32}}
     engine = build_engine(parse(GenerateConfig, values), read_description(tiny), groups, torch.device("cpu"))

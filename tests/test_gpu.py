@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_attention import reference
 from test_golden import CASES, FEW, TOLERANCE, check, run_cases, settings
 
-from nemo_star.attention.kernels import get_kernel
-from nemo_star.cache import KVCache
+from nemo_star.attention.cache import KVCache
+from nemo_star.kernels.registry import get_kernel
 
 KERNELS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("math", "flash", "te"))]
 SHAPES = [(1, 1), (7, 7), (1, 300), (33, 97), (64, 192), (256, 256), (128, 1024)]

@@ -3,7 +3,7 @@ import json
 import pytest
 from launch import ROOT, run_tool
 
-from nemo_star.kernel_benchmarking import Shape
+from nemo_star.benchmarking.kernels import Shape
 
 TOOL = ROOT / "tools/benchmark_kernels.py"
 SMALL = ["--blocks", 64, "--cached", 300, "--heads", 4, "--groups", 2, "--channels", 32, "--repeats", 2]

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 from launch import read_jsonl, write_jsonl
 
-from nemo_star.config import AttentionConfig, GenerateConfig, InferenceConfig, ShapeConfig
-from nemo_star.memory import FreeMemory, free_memory
+from nemo_star.config.model import Layout
+from nemo_star.config.recipe import AttentionConfig, GenerateConfig, InferenceConfig, ShapeConfig
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.memory import weight_elements
 from nemo_star.planning.plan import model_of
 from nemo_star.planning.work import Workload
-from nemo_star.shape import Layout
+from nemo_star.runtime.memory import FreeMemory, free_memory
 
 LLAMA = model_of(ShapeConfig(32, 4096, 32, 8, 14336, 128256), 8192)
 WEIGHTS = 2 * weight_elements(LLAMA, 1, 1, 0)
@@ -82,7 +82,7 @@ def question(tiny, tmp_path):
 
 def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question, tiny, groups, tmp_path):
     from nemo_star.checkpoint.description import read_description
-    from nemo_star.generation import run
+    from nemo_star.serving.generate import run
 
     model = read_description(tiny).model
     weights = 4 * weight_elements(model, 1, 1, 0)
@@ -96,7 +96,7 @@ def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(question, groups, tmp_path):
-    from nemo_star.generation import run
+    from nemo_star.serving.generate import run
 
     with pytest.raises(ValueError, match="does not fit into here: 1 rank there needs"):
         run(question, free_memory=lambda device: FreeMemory("here", 1000))

@@ -1,7 +1,7 @@
 import pytest
 
 from nemo_star.attention.ring import visible_parts
-from nemo_star.partition import PARTITIONS, contiguous_partition, ring_partition, star_partition
+from nemo_star.methods.partition import PARTITIONS, contiguous_partition, ring_partition, star_partition
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)

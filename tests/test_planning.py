@@ -6,19 +6,19 @@ import json
 import pytest
 from launch import ROOT, run_tool
 
-from nemo_star.cli import CONF, RECIPES, compose, compose_group
-from nemo_star.config import AttentionConfig, ShapeConfig
-from nemo_star.flops import attention_pairs, prefill_flops, tokens_in_flight
-from nemo_star.partition import PARTITIONS
+from nemo_star.config.compose import CONF, RECIPES, compose, compose_group
+from nemo_star.config.model import Layout
+from nemo_star.config.plan import EfficiencyConfig, MachineConfig, PlanConfig
+from nemo_star.config.recipe import AttentionConfig, ShapeConfig
+from nemo_star.methods.partition import PARTITIONS
 from nemo_star.planning import report, work
-from nemo_star.planning.config import EfficiencyConfig, MachineConfig, PlanConfig
+from nemo_star.planning.flops import attention_pairs, prefill_flops, tokens_in_flight
 from nemo_star.planning.measured import compare_rows
 from nemo_star.planning.memory import fullest_rank, kv_bytes, weight_elements
 from nemo_star.planning.plan import block_rows, fastest, model_of, plan_rows
 from nemo_star.planning.published import median_error, published_cells
 from nemo_star.planning.time import Clock, decode_seconds, layer_time, prefill_seconds
 from nemo_star.planning.work import Workload, rank_work, star_rank, tokens_by_rank, total_flops
-from nemo_star.shape import Layout
 
 LLAMA = ShapeConfig(32, 4096, 32, 8, 14336, 128256)
 MACHINES = sorted(path.stem for path in (CONF / "machine").glob("*.yaml"))
@@ -163,8 +163,8 @@ def test_kv_bytes_are_those_of_the_cache(tiny, groups):
     import torch
 
     from nemo_star.checkpoint.description import read_description
-    from nemo_star.config import GenerateConfig
-    from nemo_star.generation import build_engine
+    from nemo_star.config.recipe import GenerateConfig
+    from nemo_star.serving.generate import build_engine
 
     description = read_description(tiny)
     config = GenerateConfig(checkpoint=str(tiny), context="a", query="b", attention=AttentionConfig(block_size=16))

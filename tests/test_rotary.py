@@ -3,8 +3,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from nemo_star.checkpoint.llama import model_config
-from nemo_star.rotary import PositionRotaryEmbedding, inverse_frequencies
+from nemo_star.models.families.llama import model_config
+from nemo_star.models.rotary import PositionRotaryEmbedding, inverse_frequencies
 
 SCALINGS = [
     {"rope_type": "default", "rope_theta": 10000.0},

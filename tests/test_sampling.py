@@ -1,7 +1,7 @@
 import torch
 
-from nemo_star.config import InferenceConfig
-from nemo_star.sampling import Sampler
+from nemo_star.config.recipe import InferenceConfig
+from nemo_star.engine.sampling import Sampler
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
 

@@ -3,8 +3,8 @@ import json
 import pytest
 from launch import ROOT, torchrun
 
-from nemo_star.sequence_parallel import check_sequence_parallel
-from nemo_star.shape import Layout
+from nemo_star.config.model import Layout
+from nemo_star.models.sequence_parallel import check_sequence_parallel
 
 
 def test_sequence_parallel_changes_nothing_but_who_holds_what(tiny, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_attention import reference
 
-from nemo_star.attention import streaming
-from nemo_star.attention.kernels import CpuKernel
-from nemo_star.cache import KVCache
+from nemo_star.attention.cache import KVCache
+from nemo_star.kernels import streaming
+from nemo_star.kernels.registry import CpuKernel
 
 
 def cached(tokens, groups, channels, dtype=torch.float32, batch=1, factor=1.0):

@@ -12,7 +12,7 @@ import torch
 from launch import ROOT
 from test_attention import SHAPES, inputs, reference
 
-from nemo_star.attention.te import TEKernel
+from nemo_star.kernels.te import TEKernel
 
 RELEASES = json.loads((ROOT / "tests/data/te_signatures.json").read_text())
 

@@ -9,7 +9,7 @@ import pytest
 from launch import ROOT, generate_many, read_jsonl, run_tool, torchrun, write_jsonl
 
 from nemo_star.evaluation.needles import make_document, question
-from nemo_star.tokenizer import Tokenizer
+from nemo_star.text.tokenizer import Tokenizer
 
 GENERATE = ROOT / "tools" / "generate.py"
 ASSETS = ROOT / "assets"

@@ -8,8 +8,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AddedToken, AutoTokenizer
 
-from nemo_star import tokenizer as tokenizer_module
-from nemo_star.tokenizer import SentencePieceAlone, TextStream, Tokenizer, end_token_ids, parts_at_spaces
+from nemo_star.text import tokenizer as tokenizer_module
+from nemo_star.text.tokenizer import SentencePieceAlone, TextStream, Tokenizer, end_token_ids, parts_at_spaces
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo_model"
 

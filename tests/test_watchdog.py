@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_star.watchdog import Watchdog
+from nemo_star.runtime.watchdog import Watchdog
 
 
 class Clock:

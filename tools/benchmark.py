@@ -7,10 +7,10 @@
 import sys
 from collections.abc import Sequence
 
-from nemo_star.cli import compose
-from nemo_star.config import BenchmarkConfig
-from nemo_star.launch import run_as_tool
-from nemo_star.te_support import prepare_imports
+from nemo_star.config.compose import compose
+from nemo_star.config.recipe import BenchmarkConfig
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.runtime.transformer_engine import prepare_imports
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,10 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-from nemo_star.config import DTYPES
-from nemo_star.launch import run_as_tool
-from nemo_star.targets import check_target, write_whole
-from nemo_star.te_support import prepare_imports
+from nemo_star.config.recipe import DTYPES
+from nemo_star.runtime.files import check_target, write_whole
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.runtime.transformer_engine import prepare_imports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,8 +44,8 @@ def main() -> int:
     prepare_imports()
     import torch
 
-    from nemo_star.kernel_benchmarking import Shape, measure, table
-    from nemo_star.machine import machine
+    from nemo_star.benchmarking.kernels import Shape, measure, table
+    from nemo_star.runtime.machine import machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

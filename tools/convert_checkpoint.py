@@ -7,9 +7,9 @@ python tools/convert_checkpoint.py export --source DIR --target HF_DIR
 import argparse
 from pathlib import Path
 
-from nemo_star.config import DTYPES
-from nemo_star.launch import run_as_tool
-from nemo_star.te_support import prepare_imports
+from nemo_star.config.recipe import DTYPES
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.runtime.transformer_engine import prepare_imports
 
 
 def parse_arguments() -> argparse.Namespace:

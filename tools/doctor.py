@@ -8,8 +8,8 @@ Exit code 0 where the project runs (also where something optional is missing or 
 import argparse
 import warnings
 
-from nemo_star.doctor import examine
-from nemo_star.launch import EXIT_ERROR, run_as_tool
+from nemo_star.commands.doctor import examine
+from nemo_star.runtime.launch import EXIT_ERROR, run_as_tool
 
 
 def main() -> int:

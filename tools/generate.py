@@ -8,10 +8,10 @@
 import sys
 from collections.abc import Sequence
 
-from nemo_star.cli import compose
-from nemo_star.config import GenerateConfig
-from nemo_star.launch import run_as_tool
-from nemo_star.te_support import prepare_imports
+from nemo_star.config.compose import compose
+from nemo_star.config.recipe import GenerateConfig
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.runtime.transformer_engine import prepare_imports
 
 LITERAL_KEYS = (
     "checkpoint",
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     prepare_imports()
-    from nemo_star.generation import run  # only now: importing Megatron takes seconds
+    from nemo_star.serving.generate import run  # only now: importing Megatron takes seconds
 
     return run(config)
 

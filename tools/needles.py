@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_star.evaluation.needles import fit_document, question
-from nemo_star.launch import run_as_tool
-from nemo_star.tokenizer import Tokenizer
+from nemo_star.runtime.launch import run_as_tool
+from nemo_star.text.tokenizer import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

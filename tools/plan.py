@@ -10,10 +10,10 @@
 import sys
 from collections.abc import Sequence
 
-from nemo_star.cli import compose
-from nemo_star.launch import run_as_tool
-from nemo_star.planning.config import PlanConfig
+from nemo_star.config.compose import compose
+from nemo_star.config.plan import PlanConfig
 from nemo_star.planning.report import run
+from nemo_star.runtime.launch import run_as_tool
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_star.launch import run_as_tool
+from nemo_star.runtime.launch import run_as_tool
 
 FUNCTIONS = {
     "DotProductAttention": "pytorch/attention/dot_product_attention/dot_product_attention.py",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_star.cache import KVShape
+from nemo_star.attention.cache import KVShape
 
 
 class SharedAnchor:

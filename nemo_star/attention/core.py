@@ -15,10 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_star.attention.anchor import SharedAnchor
-from nemo_star.attention.kernels import Kernel
+from nemo_star.attention.cache import KVCache
 from nemo_star.attention.merge import merge_over_group
-from nemo_star.cache import KVCache
-from nemo_star.partition import Block, Partition
+from nemo_star.kernels.registry import Kernel
+from nemo_star.methods.partition import Block, Partition
 
 
 @dataclass

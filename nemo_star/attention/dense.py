@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.partition import Block
+from nemo_star.methods.partition import Block
 
 
 class DenseAttention(CoreAttention):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
 from nemo_star.attention.merge import merge_partials
-from nemo_star.partition import Block
+from nemo_star.methods.partition import Block
 
 
 class RingAttention(CoreAttention):

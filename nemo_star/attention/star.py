@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.partition import Block
+from nemo_star.methods.partition import Block
 
 
 class StarAttention(CoreAttention):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.partition import Block
+from nemo_star.methods.partition import Block
 
 
 class UlyssesAttention(CoreAttention):

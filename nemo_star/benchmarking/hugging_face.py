@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from nemo_star.checkpoint import llama
-from nemo_star.shape import ModelConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.models.families import llama
 
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

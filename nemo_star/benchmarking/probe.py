@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from nemo_star.engine import Engine
+from nemo_star.engine.engine import Engine
 
 ROUNDS = 9
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_star.targets import write_whole
+from nemo_star.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

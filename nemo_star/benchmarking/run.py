@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_contenders, counted
 from nemo_star.benchmarking.report import check_plots, draw, table
-from nemo_star.config import BenchmarkConfig
-from nemo_star.distributed import create_groups, gather_objects, initialize, on_first_rank
-from nemo_star.launch import environment_world_size
-from nemo_star.machine import machine
-from nemo_star.sequence_parallel import check_sequence_parallel
-from nemo_star.shape import Layout, ModelConfig, plan_layout
-from nemo_star.targets import check_target, write_whole
-from nemo_star.watchdog import Watchdog, watchdog_of_this_job
+from nemo_star.config.model import Layout, ModelConfig, plan_layout
+from nemo_star.config.recipe import BenchmarkConfig
+from nemo_star.models.sequence_parallel import check_sequence_parallel
+from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_first_rank
+from nemo_star.runtime.files import check_target, write_whole
+from nemo_star.runtime.launch import environment_world_size
+from nemo_star.runtime.machine import machine
+from nemo_star.runtime.watchdog import Watchdog, watchdog_of_this_job
 
 
 def run(config: BenchmarkConfig) -> int:

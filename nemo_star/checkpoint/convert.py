@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_star.checkpoint import llama
 from nemo_star.checkpoint.description import (
     FORMAT_VERSION,
     HF_FOLDER,
@@ -26,7 +25,8 @@ from nemo_star.checkpoint.description import (
 )
 from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
 from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
-from nemo_star.shape import ModelConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.models.families import llama
 
 FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
 """Hugging Face architecture -> module with `weights`, `is_ignored` and `model_config`."""

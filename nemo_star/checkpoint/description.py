@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_star.config import parse
-from nemo_star.shape import ModelConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.recipe import parse
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "nemo_star.json"

@@ -6,9 +6,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from nemo_star.memory import FreeMemory
 from nemo_star.planning.memory import kv_bytes, weight_elements
 from nemo_star.planning.work import Workload, tokens_by_rank
+from nemo_star.runtime.memory import FreeMemory
 
 GIB = 2**30
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_star.config import AttentionConfig, parse
-from nemo_star.planning.config import KINDS, PlanConfig
+from nemo_star.config.model import Layout, check_layout
+from nemo_star.config.plan import KINDS, PlanConfig
+from nemo_star.config.recipe import AttentionConfig, parse
 from nemo_star.planning.memory import most_kv
 from nemo_star.planning.plan import Row, model_of, row_of, workload
 from nemo_star.planning.time import Clock
-from nemo_star.shape import Layout, check_layout
 
 COMPARED = {
     "prefill_seconds": float,

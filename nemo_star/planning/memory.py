@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_star.config import MLP_CHUNK_TOKENS
-from nemo_star.flops import layer_weights, widths
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.recipe import MLP_CHUNK_TOKENS
+from nemo_star.planning.flops import layer_weights, widths
 from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
-from nemo_star.shape import ModelConfig
 
 
 @dataclass(frozen=True)

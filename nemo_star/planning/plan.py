@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nemo_star.config import MAX_DEFAULT_BLOCK_SIZE, ShapeConfig
-from nemo_star.planning.config import PlanConfig
+from nemo_star.config.model import Layout, ModelConfig, check_layout, plan_layout
+from nemo_star.config.plan import PlanConfig
+from nemo_star.config.recipe import MAX_DEFAULT_BLOCK_SIZE, ShapeConfig
 from nemo_star.planning.memory import fullest_rank
 from nemo_star.planning.time import Clock, decode_seconds, prefill_seconds
 from nemo_star.planning.work import Workload, total_flops, with_attention
-from nemo_star.shape import Layout, ModelConfig, check_layout, plan_layout
 
 PAPER_SHARE = 4
 """The Star Attention paper's accuracy is measured at blocks of a quarter of the context (arXiv 2411.17116, table 1)."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_star.cli import compose_group
-from nemo_star.config import AttentionConfig, ShapeConfig
-from nemo_star.planning.config import EfficiencyConfig, MachineConfig
+from nemo_star.config.compose import compose_group
+from nemo_star.config.model import Layout
+from nemo_star.config.plan import EfficiencyConfig, MachineConfig
+from nemo_star.config.recipe import AttentionConfig, ShapeConfig
 from nemo_star.planning.plan import model_of
 from nemo_star.planning.time import Clock, layer_time, prefill_seconds
 from nemo_star.planning.work import Workload, rank_work
-from nemo_star.shape import Layout
 
 TABLES = Path(__file__).with_name("published.yaml")
 

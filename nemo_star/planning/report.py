@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_star.planning.config import PlanConfig
+from nemo_star.config.plan import PlanConfig
 from nemo_star.planning.measured import compare_rows
 from nemo_star.planning.plan import Row, block_rows, fastest, plan_rows, star_layout
 from nemo_star.planning.published import Cell, median_error, published_cells
-from nemo_star.targets import check_target, write_whole
+from nemo_star.runtime.files import check_target, write_whole
 
 GIB = 2**30
 MEASURED = {"prefill_seconds": "prefill s", "decode_seconds_per_token": "decode s", "peak_memory_bytes": "peak bytes"}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nemo_star.decode_slices import weight_elements_read
-from nemo_star.flops import layer_weights, pair_flops, tokens_in_flight, widths
-from nemo_star.partition import Block
-from nemo_star.planning.config import EfficiencyConfig, LinkConfig, MachineConfig
+from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
+from nemo_star.methods.partition import Block
+from nemo_star.parallel.decode_slices import weight_elements_read
+from nemo_star.planning.flops import layer_weights, pair_flops, tokens_in_flight, widths
 from nemo_star.planning.memory import kv_bytes, stage_layers
 from nemo_star.planning.work import RankWork, Workload, rank_attention_pairs, rank_work
 

@@ -1,0 +1,118 @@
+"""Keys of `tools/plan.py`: what is planned, on which machine, and how much of its peaks is reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from nemo_star.config.recipe import AttentionConfig, CacheConfig, ParallelConfig, ShapeConfig
+
+KINDS = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """A rank's connection to others: bytes per second in one direction, and seconds for each further hop."""
+
+    bandwidth: float
+    hop_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bandwidth <= 0 or self.hop_seconds < 0:
+            raise ValueError(
+                f"a link with bandwidth {self.bandwidth} and hop_seconds {self.hop_seconds}: "
+                "bandwidth must be above 0 bytes/s, hop_seconds at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What one rank computes on, by its data sheet (conf/machine). Per rank: FLOP/s, bytes, bytes per second."""
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    peak_bf16_flops: float
+    """Dense, without sparsity."""
+    peak_fp32_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    devices_per_node: int
+    node_link: LinkConfig
+    network_link: LinkConfig
+    collective_seconds: float
+    """What a collective of a few bytes takes, before its hops."""
+    layer_seconds: float = 0.0
+    """What issuing the operations of one layer takes the host, where nothing hides it."""
+    overlaps: bool = True
+    """Whether communication runs beside computation; on a CPU the core that computes also copies."""
+    dense_takes_node: bool = False
+    """Dense attention, on its single rank, computes with the whole node: a CPU's cores are threads."""
+    process_bytes: float = 0.0
+    """Memory of a process before it has a model, where that counts as the rank's."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "peak_bf16_flops",
+            "peak_fp32_flops",
+            "memory_bytes",
+            "memory_bandwidth",
+            "devices_per_node",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"machine.{name}={getattr(self, name)} must be above 0")
+        for name in ("collective_seconds", "layer_seconds", "process_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"machine.{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Reached share of a machine's peaks, one value for every machine, model and length (recipes/plan.yaml has why)."""
+
+    gemm: float = 0.75
+    attention: float = 0.67
+    memory: float = 0.85
+    link: float = 0.7
+    usable_memory: float = 0.9
+    """Share of the memory that a plan may fill; not used for times."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not 0 < getattr(self, item.name) <= 1:
+                raise ValueError(f"efficiency.{item.name}={getattr(self, item.name)} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """All keys of `tools/plan.py`."""
+
+    machine: MachineConfig
+    context_tokens: int = 131072
+    world_size: int = 8
+    """Ranks of the plan: tp * pp * cp of one replica. No process is started."""
+    compare: tuple[str, ...] = KINDS
+    """Kinds to plan, `attention[:anchor]`."""
+    output: str | None = None
+    overwrite: bool = False
+    check: str | None = None
+    """Rows of tools/benchmark.py to compare with what the plan says of them."""
+    validate: bool = False
+    """Compare with the published tables instead of planning."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    model: ShapeConfig = field(default_factory=ShapeConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+
+    def __post_init__(self) -> None:
+        for kind in self.compare:
+            if kind not in KINDS:
+                raise ValueError(f"compare: {kind!r} is unknown; known: {', '.join(KINDS)}")
+        if not self.compare:
+            raise ValueError("compare is empty: give at least one kind")
+        for name in ("context_tokens", "world_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.validate and self.check is not None:
+            raise ValueError(f"validate=true and check={self.check} are two comparisons: ask for one of them")

@@ -1,0 +1,38 @@
+"""Choice of the next token from logits. Runs on one rank; the engine hands the choice to the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_star.config.recipe import InferenceConfig
+
+
+class Sampler:
+    """Greedy, or sampled with temperature, top-k and top-p (in this order, as in NeMo and Hugging Face).
+
+    Sampling draws from a generator of its own on the CPU, so that a seed gives the same tokens on every device.
+    """
+
+    def __init__(self, config: InferenceConfig, seed: int) -> None:
+        self.config = config
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """The chosen token id; logits [vocab] float32."""
+        if self.config.greedy:
+            return int(logits.argmax())
+        probabilities = self.probabilities(logits.cpu())
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[vocab] float32 that sums to 1, 0 where top-k or top-p cut off; the likeliest token always stays."""
+        scaled = logits.float() / self.config.temperature
+        if 0 < self.config.top_k < scaled.numel():
+            threshold = scaled.topk(self.config.top_k).values[-1]
+            scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
+        if self.config.top_p < 1.0:
+            ordered, order = torch.softmax(scaled, dim=-1).sort(descending=True)
+            before = ordered.cumsum(dim=-1) - ordered
+            scaled[order[before >= self.config.top_p]] = float("-inf")
+        return torch.softmax(scaled, dim=-1)

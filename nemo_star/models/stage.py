@@ -1,0 +1,163 @@
+"""This rank's pipeline stage: a GPTModel's parts run one after another, hidden states passed on, logits passed back.
+
+The model's parts are called directly (embedding, decoder, output layer), not through `GPTModel.forward`: positions are
+explicit, the head runs on one position only, and no private method of Megatron is relied upon. Stages exchange hidden
+states by plain send and receive over the pp group (Megatron's P2PCommunicator needs CUDA) and follow each other: while
+a stage works on one block, the one before it is already at the next.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_star.attention.cache import KVShape
+from nemo_star.models.rotary import PositionRotaryEmbedding
+from nemo_star.models.sequence_parallel import SequenceParallel
+from nemo_star.parallel.groups import all_gather
+
+
+class Stage:
+    """Runs one rank's part of a GPTModel whose layers come from `star_layer_spec`.
+
+    Args:
+        rotary: angles for the layers.
+        vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
+        decode_group: tp x cp, tp fastest, whose ranks divide the head; None: each cp rank computes all of it.
+        sequence_parallel: divide the hidden states of a context block over the tp ranks, where its length divides.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        rotary: PositionRotaryEmbedding,
+        pp_group: dist.ProcessGroup,
+        vocab_size: int,
+        *,
+        decode_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+    ) -> None:
+        self.model = model
+        self.rotary = rotary
+        self.group = pp_group
+        self.vocab_size = vocab_size
+        self.decode_group = decode_group
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self._sending: tuple[dist.Work, Tensor] | None = None
+        self._sequence_parallel = SequenceParallel(model, model.tp_group.size() if sequence_parallel else 1)
+
+    @property
+    def is_first(self) -> bool:
+        return self.group.rank() == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.group.rank() == self.group.size() - 1
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Megatron's global, 1-based numbers of this stage's layers."""
+        return [layer.layer_number for layer in self.model.decoder.layers]
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What a layer's K looks like here, for one request."""
+        config = self.model.config
+        groups = config.num_query_groups // self.model.tp_group.size()
+        return KVShape(1, groups, config.kv_channels, self.dtype, self.device)
+
+    def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
+        if not input_ids.numel():
+            self._attend_without_tokens()
+            return
+        with self._sequence_parallel.over(input_ids.numel()):
+            self._send_on(self._layers(input_ids, position_ids))
+
+    def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+        """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
+        hidden = self._layers(input_ids, position_ids)
+        if self.is_last:
+            return self._head(hidden[-1:])
+        self._send_on(hidden)
+        return None
+
+    def logits_to_first(self, logits: Tensor | None) -> Tensor:
+        """The last stage's logits [vocab] on the first one; to be called on these two."""
+        if self.is_last:
+            assert logits is not None
+            if not self.is_first:
+                dist.send(logits, group=self.group, group_dst=0)
+            return logits
+        received = torch.empty(self.vocab_size, dtype=torch.float32, device=self.device)
+        dist.recv(received, group=self.group, group_src=self.group.size() - 1)
+        return received
+
+    def _layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [s, b, h] after this stage's layers."""
+        hidden = None
+        if self.is_first:
+            hidden = self.model.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        else:
+            self.model.set_input_tensor(self._receive(self._sequence_parallel.length(input_ids.numel())))
+        return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
+
+    def _attend_without_tokens(self) -> None:
+        """Take part in the attention of other ranks: a short context leaves nothing for this one.
+
+        Megatron's layers cannot run on no tokens, but K/V of others may travel through this rank.
+        """
+        shape = self.kv_shape
+        heads = self.model.config.num_attention_heads // self.model.tp_group.size()
+        q, k, v = (
+            torch.empty(0, shape.batch, count, shape.channels, dtype=shape.dtype, device=shape.device)
+            for count in (heads, shape.groups, shape.groups)
+        )
+        for layer in self.model.decoder.layers:
+            layer.self_attention.core_attention(q, k, v)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """hidden [1, b, h] -> logits [vocab] float32; those of all positions of a 128K block would be 34 GB."""
+        tied = self.model.share_embeddings_and_output_weights
+        weight = self.model.shared_embedding_or_output_weight() if tied else None
+        if self.decode_group is not None:
+            return self._divided_head(hidden, self.model.output_layer.weight if weight is None else weight)
+        logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten()  # [vocab / tp]
+        if self.model.tp_group.size() > 1:
+            logits = all_gather(logits, self.model.tp_group).flatten()
+        return logits[: self.vocab_size]
+
+    def _divided_head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The same from weight [vocab / tp, h] by rows: each cp rank the next ceil(rows / cp), the last ones fewer."""
+        assert self.decode_group is not None
+        tp_size = self.model.tp_group.size()
+        cp_size = self.decode_group.size() // tp_size
+        rows = weight.shape[0]
+        share = -(-rows // cp_size)
+        start = min(self.decode_group.rank() // tp_size * share, rows)
+        logits = hidden.new_zeros(share, dtype=torch.float32)
+        mine = weight[start : start + share]
+        logits[: mine.shape[0]] = F.linear(hidden, mine).flatten()
+        by_tp = all_gather(logits, self.decode_group).view(cp_size, tp_size, share).transpose(0, 1)
+        return by_tp.reshape(tp_size, -1)[:, :rows].flatten()[: self.vocab_size]
+
+    def _receive(self, tokens: int) -> Tensor:
+        """[s, b, h] from the stage before, whose token ids are known here too (s: of this rank's hidden states)."""
+        hidden = torch.empty(tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+        dist.recv(hidden, group=self.group, group_src=self.group.rank() - 1)
+        return hidden
+
+    def _send_on(self, hidden: Tensor) -> None:
+        """Send [s, b, h] to the next stage, and go on: at most one send is under way."""
+        if self.is_last:
+            return
+        if self._sending is not None:
+            self._sending[0].wait()
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, group=self.group, group_dst=self.group.rank() + 1)
+        assert work is not None
+        self._sending = work, hidden

@@ -1,0 +1,150 @@
+"""Start of the processes: backend, device, process groups, and small exchanges between ranks.
+
+Under torchrun the usual environment variables say who this process is; without them it is alone. NCCL where CUDA is,
+gloo elsewhere. Ranks are laid out as Megatron does by default, tensor parallel fastest: tp, cp, dp, pp.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_star.config.model import Layout
+
+T = TypeVar("T")
+NO_LIMIT = timedelta(days=20)
+"""For collectives; the watchdog sets the limit. More would overflow where gloo counts milliseconds in 32 bits."""
+
+
+def initialize() -> torch.device:
+    """Join the default process group (once) and return this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                "start one process for each"
+            )
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=NO_LIMIT)
+        else:
+            initialize_alone(backend)
+    return device
+
+
+def initialize_alone(backend: str = "gloo") -> None:
+    """A default process group of this process only: Megatron asks for one even to read a checkpoint."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one rank."""
+
+    collection: ProcessGroupCollection
+    """Megatron's: tp, cp, pp, dp, tp_cp, dp_cp; goes through the constructors of its modules."""
+    layout: Layout
+    replica: dist.ProcessGroup
+    """The ranks that answer one request together: tp, cp and pp."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.collection.cp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.collection.dp
+
+
+def create_groups(layout: Layout) -> Groups:
+    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
+    dimensions = ("pp", "dp", "cp", "tp")
+    ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
+
+    def group(*inside: str) -> dist.ProcessGroup:
+        """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
+        others = [dim for dim, name in enumerate(dimensions) if name not in inside]
+        within = [dim for dim, name in enumerate(dimensions) if name in inside]
+        members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT)
+        return mine
+
+    groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
+    groups["tp_cp"] = group("cp", "tp")
+    groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
+    return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
+
+
+def groups_from_parallel_state() -> Groups:
+    """The groups of a program that has called Megatron's `parallel_state.initialize_model_parallel` itself."""
+    collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "tp_cp", "dp_cp", "embd"])
+    replicas = gather_objects(collection.dp.rank())
+    enumeration = [[r for r, d in enumerate(replicas) if d == replica] for replica in sorted(set(replicas))]
+    replica, _ = dist.new_subgroups_by_enumeration(enumeration)
+    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
+    return Groups(collection, Layout(*sizes), replica)
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's contiguous `tensor`, stacked in rank order: [group size, *shape]; one collective."""
+    gathered = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
+    # torch 2.13 renames the function and warns of its old name.
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(gathered, tensor, group=group)
+    return gathered.view(group.size(), *tensor.shape)
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank."""
+    gathered: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def on_first_rank(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and give its result to every rank; its ValueError or OSError is raised on every rank."""
+    box: list[T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    result = box[0]
+    if isinstance(result, ValueError | OSError):
+        raise result
+    return cast(T, result)
+
+
+def on_every_rank(make: Callable[[], T]) -> T:
+    """Run `make` on every rank; if it fails anywhere, every rank raises the first failing rank's error, by name."""
+    failure = None
+    result: T | None = None
+    try:
+        result = make()
+    except Exception as error:
+        failure = str(error) if isinstance(error, ValueError) else repr(error)
+    failures = gather_objects(failure)
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise ValueError(message if len(set(failures)) == 1 else f"rank {rank}: {message}")
+    return cast(T, result)

@@ -1,0 +1,178 @@
+"""Ends a job that hangs, and leaves alone one that works long.
+
+A limit on every collective would cut honest work: a replica waits for the longest prefill of its round, ranks wait
+while dense attention runs on one. So collectives have no limit of their own. Each rank counts its steps (layers,
+requests); a thread tells the job's store when there were some; when no rank of the job has made one for
+`timeout_minutes`, all end.
+On CUDA a step is a layer handed to the device, which runs ahead of the device by what its queue holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from nemo_star.runtime.launch import (
+    EXIT_ERROR,
+    PEER_EXIT_SECONDS,
+    environment_rank,
+    environment_world_size,
+    leave,
+    warn,
+)
+
+T = TypeVar("T")
+_STORE_SECONDS = 30.0
+_LONGEST_LOOK_SECONDS = 10.0
+_MOST_FAILED_LOOKS = 5
+_RANKS_NAMED = 8
+
+
+class Watchdog:
+    """Counts this rank's steps and looks at everybody's, from before the process group is joined until the end.
+
+    Args:
+        connect: gives the store that all ranks share; None where this process is alone, and cannot wait for another.
+        timeout_minutes: no step of any rank for so long is a hang.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], dist.Store] | None,
+        timeout_minutes: float,
+        *,
+        rank: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.timeout_minutes = timeout_minutes
+        self._connect = connect
+        self._store: dist.Store | None = None
+        self._rank = rank
+        self._clock = clock
+        self._steps = self._told_steps = 0
+        self._place, self._told_place = "the start", ""
+        self._patient = False
+        self._total, self._since, self._looked = -1, clock(), clock()
+        self._interval = min(timeout_minutes * 60 / 4, _LONGEST_LOOK_SECONDS)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._connect is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._connect is not None:
+            self._thread.join()
+
+    def step(self, place: str) -> None:
+        """This rank got as far as `place`."""
+        self._steps += 1
+        self._place = place
+
+    def follow(self, layers: nn.ModuleList) -> None:
+        """Count each pass of a layer as a step."""
+        for number, layer in enumerate(layers, start=1):
+            layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self.step(place))
+
+    def patient(self, work: Callable[[], T], place: str) -> Callable[[], T]:
+        """`work`, during which all is well however long it takes: reading what somebody types, loading weights."""
+
+        def working() -> T:
+            self._patient = True
+            self.step(place)
+            try:
+                return work()
+            finally:
+                self._patient = False
+                self.step(f"after {place}")
+
+        return working
+
+    def is_hanging(self) -> bool:
+        """Tell the store of this rank's steps since the last look; whether no rank has told of any for too long."""
+        if self._store is None:
+            assert self._connect is not None
+            self._store = self._connect()
+        steps, place, now = self._steps, self._place, self._clock()
+        total = self._store.add("steps", int(self._patient or steps != self._told_steps))
+        if place != self._told_place:
+            self._store.set(f"place/{self._rank}", place)
+        self._told_steps, self._told_place = steps, place
+        # A look that comes far too late: this process was stopped and continued, and perhaps the whole job.
+        if total != self._total or now - self._looked > self.timeout_minutes * 30 + 2 * self._interval:
+            self._total, self._since = total, now
+        self._looked = now
+        return now - self._since > self.timeout_minutes * 60
+
+    def _look_on(self) -> None:
+        failed = 0
+        while not self._ended.wait(self._interval):
+            try:
+                hangs = self.is_hanging()
+            except dist.DistError as error:
+                failed += 1
+                if failed == _MOST_FAILED_LOOKS:  # the store's process is gone, and the launcher ends this one
+                    warn(f"rank {self._rank}: the watchdog lost the job's store and stops: {error}")
+                    return
+                continue
+            failed = 0
+            if hangs:
+                self._end_job()
+
+    def _end_job(self) -> None:
+        """One rank says where each was last; all exit. The main thread waits in a collective for ever."""
+        try:
+            assert self._store is not None
+            if self._store.add("speakers", 1) == 1:
+                print(f"\nerror: {self.report()}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(PEER_EXIT_SECONDS)
+        finally:
+            leave(EXIT_ERROR)
+
+    def report(self) -> str:
+        """What hangs, and where each rank was last."""
+        assert self._store is not None
+        ranks: dict[str, list[int]] = {}
+        for rank in range(environment_world_size()):
+            key = f"place/{rank}"
+            place = self._store.get(key).decode() if self._store.check([key]) else "no sign of life"
+            ranks.setdefault(place, []).append(rank)
+        last = "; ".join(f"{_named(members)}: {place}" for place, members in ranks.items())
+        return (
+            f"no rank has made a step for {self.timeout_minutes:g} minutes (parallel.timeout_minutes): the job hangs. "
+            f"Last seen at: {last}"
+        )
+
+
+def _named(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
+    return f"rank{'s' * (len(ranks) > 1)} {names}"
+
+
+def watchdog_of_this_job(timeout_minutes: float) -> Watchdog:
+    """A watchdog on a connection of its own to the store that the launcher's environment names."""
+
+    def connect() -> dist.Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"nemo_star/watchdog/{attempt}", store)
+
+    alone = environment_world_size() == 1
+    return Watchdog(None if alone else connect, timeout_minutes, rank=environment_rank())
