@@ -13,9 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_star.attention import AttentionState
 from nemo_star.attention.cache import KVCache
-from nemo_star.config.recipe import AttentionConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.models.build import star_layer_spec
 from nemo_star.models.decode_sharding import install
 from nemo_star.models.rotary import PositionRotaryEmbedding

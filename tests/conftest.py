@@ -1,12 +1,10 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from golden import GOLDEN
 from safetensors.torch import load_file
-
-GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +31,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def groups():
     """Process groups of one process, for tests in the test process."""
-    from nemo_star.config.model import Layout
     from nemo_star.parallel.groups import create_groups, initialize_alone
+    from nemo_star.parallel.layout import Layout
 
     initialize_alone()
     return create_groups(Layout(tp=1, cp=1, dp=1, pp=1))

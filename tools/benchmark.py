@@ -7,8 +7,8 @@
 import sys
 from collections.abc import Sequence
 
+from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.config.compose import compose
-from nemo_star.config.recipe import BenchmarkConfig
 from nemo_star.runtime.launch import run_as_tool
 from nemo_star.runtime.transformer_engine import prepare_imports
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from nemo_star.config.compose import compose
-from nemo_star.config.recipe import GenerateConfig
+from nemo_star.config.generate import GenerateConfig
 from nemo_star.runtime.launch import run_as_tool
 from nemo_star.runtime.transformer_engine import prepare_imports
 

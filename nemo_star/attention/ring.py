@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.attention.merge import merge_partials
+from nemo_star.kernels.merge import merge_partials
 from nemo_star.methods.partition import Block
 
 

@@ -18,16 +18,18 @@ import torch.distributed as dist
 from nemo_star.attention import AttentionState
 from nemo_star.attention.cache import KVCache
 from nemo_star.benchmarking.probe import time_cache_reads
-from nemo_star.config.model import Layout, ModelConfig, check_layout
-from nemo_star.config.recipe import AttentionConfig, BenchmarkConfig, KindToCompare
+from nemo_star.config.benchmark import BenchmarkConfig, KindToCompare
+from nemo_star.config.model import ModelConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.partition import PARTITIONS
 from nemo_star.models.build import build_model, build_rotary
 from nemo_star.models.decode_sharding import install
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.decode_slices import Part, sliced_parts, weight_elements_read
 from nemo_star.parallel.groups import Groups
+from nemo_star.parallel.layout import Layout, check_layout
 from nemo_star.planning.flops import prefill_flops
 from nemo_star.runtime.memory import peak_memory_bytes, reset_peak_memory
 

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_contenders, counted
 from nemo_star.benchmarking.report import check_plots, draw, table
-from nemo_star.config.model import Layout, ModelConfig, plan_layout
-from nemo_star.config.recipe import BenchmarkConfig
+from nemo_star.config.benchmark import BenchmarkConfig
+from nemo_star.config.model import ModelConfig
 from nemo_star.models.sequence_parallel import check_sequence_parallel
 from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_first_rank
+from nemo_star.parallel.layout import Layout, plan_layout
 from nemo_star.runtime.files import check_target, write_whole
 from nemo_star.runtime.launch import environment_world_size
 from nemo_star.runtime.machine import machine
@@ -45,11 +46,7 @@ def run(config: BenchmarkConfig) -> int:
 
 def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[dict[str, Any]]:
     """Rows of all kinds at all context lengths."""
-    model = ModelConfig(
-        **dataclasses.asdict(config.model),
-        kv_channels=config.model.hidden_size // config.model.num_attention_heads,
-        max_position_embeddings=max(config.context_tokens) + config.decode_tokens + 2,
-    )
+    model = config.model
     groups = create_groups(layout)
     alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
     build = functools.partial(build_contenders, config, model, (layout, groups), alone)

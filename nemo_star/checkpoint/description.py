@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_star.config.model import ModelConfig
-from nemo_star.config.recipe import parse
+from nemo_star.config.strict import parse
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "nemo_star.json"

@@ -15,7 +15,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_star.config.recipe import parse
+from nemo_star.config.strict import parse
 from nemo_star.runtime.launch import quiet_unless_first
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent

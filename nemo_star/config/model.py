@@ -1,11 +1,12 @@
-"""Shapes: of a model, of a layout, and whether the two go together. Needs neither torch nor weights."""
+"""Shape of a model. Needs neither torch nor weights."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from nemo_star.config.recipe import ParallelConfig
+MLP_CHUNK_TOKENS = 4096
+"""Tokens that go through an MLP at once; its intermediate result is several times as large as the hidden states."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,32 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Llama-like decoder, in the words of Megatron's TransformerConfig."""
+    """Shape of a Llama-like decoder, in the words of Megatron's TransformerConfig: of a checkpoint, of random weights
+    that are measured, of what is planned."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     num_query_groups: int
     ffn_hidden_size: int
-    kv_channels: int
     vocab_size: int
-    max_position_embeddings: int
+    kv_channels: int = 0
+    """Dimension of a head; 0: hidden_size / num_attention_heads."""
+    max_position_embeddings: int | None = None
+    """Positions that the model was trained for; None: no limit (random weights)."""
     layernorm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
 
     def __post_init__(self) -> None:
+        if self.kv_channels == 0 and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}: give kv_channels, the dimension of a head"
+                )
+            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         for name, value in asdict(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"a model with {name} {value}: must be at least 1")
@@ -46,78 +57,26 @@ class ModelConfig:
                 f"num_query_groups {self.num_query_groups}"
             )
 
+    @property
+    def query_width(self) -> int:
+        """np * hn: elements of one token's queries."""
+        return self.num_attention_heads * self.kv_channels
 
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions; their product is the world size."""
+    @property
+    def kv_width(self) -> int:
+        """ng * hn: elements of one token's keys, or values."""
+        return self.num_query_groups * self.kv_channels
 
-    tp: int
-    cp: int
-    dp: int
-    pp: int
+    @property
+    def layer_matrices(self) -> dict[str, int]:
+        """Elements of one layer's matrices, by what they do."""
+        return {
+            "qkv": self.hidden_size * (self.query_width + 2 * self.kv_width),
+            "projection": self.query_width * self.hidden_size,
+            "ffn": 3 * self.hidden_size * self.ffn_hidden_size,
+        }
 
-
-def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout:
-    """The layout that `config` asks for on `world_size` ranks.
-
-    Raises:
-        ValueError: sizes that do not divide the world, or dense attention over several cp ranks.
-    """
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        raise ValueError(
-            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
-            f"* pipeline_model_parallel_size {pp} = {tp * pp}"
-        )
-    rest = world_size // (tp * pp)
-    cp = config.context_parallel_size or (1 if kind == "dense" else rest)
-    if kind == "dense" and cp > 1:
-        raise ValueError(
-            f"attention=dense runs on 1 context-parallel rank, not parallel.context_parallel_size={cp}: "
-            "the exact kinds that share a context over ranks are attention=ring and attention=ulysses"
-        )
-    if rest % cp:
-        raise ValueError(
-            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
-            f"* pipeline_model_parallel_size {pp} * context_parallel_size {cp} = {tp * pp * cp}"
-        )
-    return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
-
-
-def check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
-    """Refuse a layout that the model does not divide by.
-
-    Raises:
-        ValueError: names both numbers.
-    """
-    tp, pp = layout.tp, layout.pp
-    divided = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups,
-        "ffn_hidden_size": model.ffn_hidden_size,
-    }
-    for name, size in divided.items():
-        if size % tp:
-            raise ValueError(f"the model's {name} {size} is not divisible by tensor_model_parallel_size {tp}")
-    if model.num_layers < pp:
-        raise ValueError(f"the model's {model.num_layers} layers do not fill pipeline_model_parallel_size {pp} stages")
-    if kind == "ulysses":
-        check_heads(model.num_attention_heads // tp, model.num_query_groups // tp, layout.cp)
-
-
-def check_heads(heads: int, groups: int, cp_size: int) -> None:
-    """Refuse head counts of one tensor-parallel rank that cp ranks cannot share in Ulysses attention.
-
-    Raises:
-        ValueError: names the numbers.
-    """
-    if heads % cp_size:
-        raise ValueError(
-            f"attention=ulysses: {heads} query heads per tensor-parallel rank are not divisible by "
-            f"context_parallel_size {cp_size}"
-        )
-    if groups % cp_size and cp_size % groups:
-        raise ValueError(
-            f"attention=ulysses: {groups} KV heads per tensor-parallel rank and context_parallel_size {cp_size}: "
-            "one must be a multiple of the other"
-        )
+    @property
+    def pair_flops(self) -> int:
+        """Operations of one (query, key) pair in one layer: the score, and the weighted value."""
+        return 4 * self.query_width

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from nemo_star.config.recipe import AttentionConfig, CacheConfig, ParallelConfig, ShapeConfig
+from nemo_star.config.generate import CacheConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.parallel import ParallelConfig
+from nemo_star.methods.config import AttentionConfig
 
 KINDS = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
 
@@ -86,6 +89,7 @@ class EfficiencyConfig:
 class PlanConfig:
     """All keys of `tools/plan.py`."""
 
+    model: ModelConfig
     machine: MachineConfig
     context_tokens: int = 131072
     world_size: int = 8
@@ -99,7 +103,6 @@ class PlanConfig:
     validate: bool = False
     """Compare with the published tables instead of planning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    model: ShapeConfig = field(default_factory=ShapeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention import AttentionState, SharedAnchor
-from nemo_star.config.recipe import AttentionConfig
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.partition import PARTITIONS, Block, Partition
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_star.config.recipe import InferenceConfig
+from nemo_star.config.generate import InferenceConfig
 
 
 class Sampler:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_star.attention.merge import merge_partials
+from nemo_star.kernels.merge import merge_partials
 
 OLDEST = (0, 45)
 """Of llvmlite, as in pyproject.toml: with opaque pointers."""

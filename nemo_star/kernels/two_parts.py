@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nemo_star.attention.merge import merge_partials
+from nemo_star.kernels.merge import merge_partials
 
 
 class Attend(Protocol):

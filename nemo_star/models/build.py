@@ -130,7 +130,7 @@ def build_model(
         config,
         star_layer_spec(config, state, kind),
         vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
-        max_sequence_length=model.max_position_embeddings,
+        max_sequence_length=model.max_position_embeddings or 1,  # of position embeddings, which there are none of
         pre_process=pp_rank == 0,
         post_process=pp_rank == groups.pp.size() - 1,
         position_embedding_type="none",  # the engine gives the layers their angles; the stock module wants CUDA

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_star.attention import AttentionState
-from nemo_star.config.recipe import MLP_CHUNK_TOKENS
+from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.methods.partition import shares
 from nemo_star.parallel.decode_slices import Part
 

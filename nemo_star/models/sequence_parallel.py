@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
-from nemo_star.config.model import Layout
+from nemo_star.parallel.layout import Layout
 
 
 def check_sequence_parallel(wanted: bool, layout: Layout, device_type: str) -> None:

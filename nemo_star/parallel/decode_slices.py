@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_star.config.model import Layout, ModelConfig
-from nemo_star.planning.flops import layer_weights
+from nemo_star.config.model import ModelConfig
+from nemo_star.parallel.layout import Layout
 
 Part = Literal["ffn", "projection", "head"]
 
@@ -44,7 +44,7 @@ def sliced_parts(
     """
     if layout.cp == 1 or decode == "replicated":
         return frozenset()
-    elements = layer_weights(model)
+    elements = model.layer_matrices
     ffn, projection = (
         _gains(elements[part] // layout.tp * itemsize, layout, device_type) for part in ("ffn", "projection")
     )
@@ -69,6 +69,6 @@ def _depth(ranks: int) -> int:
 
 def weight_elements_read(model: ModelConfig, layout: Layout, sliced: frozenset[Part]) -> float:
     """Elements of all layers' matrices that one token reads on one tp rank, over all pipeline stages; not the head."""
-    elements = layer_weights(model)
+    elements = model.layer_matrices
     read = sum(size / (layout.cp if part in sliced else 1) for part, size in elements.items())
     return read * model.num_layers / layout.tp

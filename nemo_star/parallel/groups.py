@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_star.config.model import Layout
+from nemo_star.parallel.layout import Layout
 
 T = TypeVar("T")
 NO_LIMIT = timedelta(days=20)

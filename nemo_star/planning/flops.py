@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_star.config.model import ModelConfig
-from nemo_star.config.recipe import AttentionConfig
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.partition import Block, Partition
 
 
@@ -15,28 +15,8 @@ def prefill_flops(model: ModelConfig, partition: Partition, attention: Attention
 
 def block_flops(model: ModelConfig, block: Block, attention: AttentionConfig) -> int:
     """Operations of one layer for one block."""
-    linear = 2 * tokens_in_flight(block, attention) * sum(layer_weights(model).values())
-    return linear + pair_flops(model) * attention_pairs(block, attention)
-
-
-def layer_weights(model: ModelConfig) -> dict[str, int]:
-    """Elements of one layer's matrices, by what they do."""
-    query, kv = widths(model)
-    return {
-        "qkv": model.hidden_size * (query + 2 * kv),
-        "projection": query * model.hidden_size,
-        "ffn": 3 * model.hidden_size * model.ffn_hidden_size,
-    }
-
-
-def widths(model: ModelConfig) -> tuple[int, int]:
-    """(np * hn, ng * hn): elements of one token's queries, and of its keys."""
-    return model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-
-
-def pair_flops(model: ModelConfig) -> int:
-    """Operations of one (query, key) pair in one layer: the score, and the weighted value."""
-    return 4 * widths(model)[0]
+    linear = 2 * tokens_in_flight(block, attention) * sum(model.layer_matrices.values())
+    return linear + model.pair_flops * attention_pairs(block, attention)
 
 
 def tokens_in_flight(block: Block, attention: AttentionConfig) -> int:

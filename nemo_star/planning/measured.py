@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_star.config.model import Layout, check_layout
 from nemo_star.config.plan import KINDS, PlanConfig
-from nemo_star.config.recipe import AttentionConfig, parse
+from nemo_star.config.strict import parse
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.parallel.layout import Layout, check_layout
 from nemo_star.planning.memory import most_kv
-from nemo_star.planning.plan import Row, model_of, row_of, workload
+from nemo_star.planning.plan import Row, row_of, workload
 from nemo_star.planning.time import Clock
 
 COMPARED = {
@@ -63,7 +64,7 @@ def _compared(row: Row, number: int, config: PlanConfig) -> dict[str, Any]:
         attention=parse(AttentionConfig, attention, prefix=f"row {number}: "),
         parallel=dataclasses.replace(config.parallel, decode=row.get("decode") or "replicated"),
     )
-    model = model_of(config.model, row["context_tokens"])
+    model = config.model
     check_layout(model, layout, row["attention"])
     work = workload(_kind(row), run, model, layout)
     planned = {**row_of(_kind(row), work, Clock(config.machine, config.efficiency)), "kv_bytes_per_rank": most_kv(work)}

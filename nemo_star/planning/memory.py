@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_star.config.model import ModelConfig
-from nemo_star.config.recipe import MLP_CHUNK_TOKENS
-from nemo_star.planning.flops import layer_weights, widths
+from nemo_star.config.model import MLP_CHUNK_TOKENS, ModelConfig
 from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
 
 
@@ -50,7 +48,7 @@ def weight_elements(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
 
     The vocabulary is padded to the tp ranks; a tied head is a matrix of its own where it is on another stage.
     """
-    per_layer = sum(layer_weights(model).values()) // tp + 2 * model.hidden_size  # and the two norms
+    per_layer = sum(model.layer_matrices.values()) // tp + 2 * model.hidden_size  # and the two norms
     vocabulary = -(-model.vocab_size // tp) * model.hidden_size
     first, last = stage == 0, stage == pp - 1
     tables = first + last - (first and last and model.share_embeddings_and_output_weights)
@@ -59,7 +57,7 @@ def weight_elements(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
 
 def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
     """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank."""
-    kv = widths(work.model)[1] // work.layout.tp
+    kv = work.model.kv_width // work.layout.tp
     return stage_layers(work.model.num_layers, work.layout.pp, stage) * tokens * 2 * kv * work.cache_bytes
 
 
@@ -75,7 +73,7 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
     up projections, the activated gate and their product for a chunk of the tokens.
     """
-    query, kv = (width // work.layout.tp for width in widths(work.model))
+    query, kv = (width // work.layout.tp for width in (work.model.query_width, work.model.kv_width))
     tokens, size = most_in_flight(work, rank), work.dtype_bytes
     hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nemo_star.config.model import Layout, ModelConfig, check_layout, plan_layout
+from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import PlanConfig
-from nemo_star.config.recipe import MAX_DEFAULT_BLOCK_SIZE, ShapeConfig
+from nemo_star.methods.config import MAX_DEFAULT_BLOCK_SIZE
+from nemo_star.parallel.layout import Layout, check_layout, plan_layout
 from nemo_star.planning.memory import fullest_rank
 from nemo_star.planning.time import Clock, decode_seconds, prefill_seconds
 from nemo_star.planning.work import Workload, total_flops, with_attention
@@ -26,7 +27,7 @@ def plan_rows(config: PlanConfig) -> list[Row]:
     Raises:
         ValueError: sizes that do not go together whatever the kind.
     """
-    model = model_of(config.model, config.context_tokens)
+    model = config.model
     layout = star_layout(config)
     check_layout(model, layout, "star")
     return [_row(kind, config, model, layout) for kind in config.compare]
@@ -41,20 +42,6 @@ def star_layout(config: PlanConfig) -> Layout:
             f"tp {layout.tp} * pp {layout.pp} * cp {layout.cp} = {layout.tp * layout.pp * layout.cp} ranks"
         )
     return layout
-
-
-def model_of(shape: ShapeConfig, context_tokens: int) -> ModelConfig:
-    """The model that tools/benchmark.py builds of a shape."""
-    if shape.hidden_size % shape.num_attention_heads:
-        raise ValueError(
-            f"model.hidden_size={shape.hidden_size} is not divisible by "
-            f"model.num_attention_heads={shape.num_attention_heads}"
-        )
-    return ModelConfig(
-        **dataclasses.asdict(shape),
-        kv_channels=shape.hidden_size // shape.num_attention_heads,
-        max_position_embeddings=context_tokens,
-    )
 
 
 def workload(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) -> Workload:
@@ -119,7 +106,7 @@ def block_rows(config: PlanConfig) -> list[Row]:
     Advised is the largest block that leaves no rank without one, because accuracy grows with it; at most a quarter of
     the context and 32,768 tokens, at least 4,096 (the range of the paper's tables), and halved until it fits.
     """
-    model, layout = model_of(config.model, config.context_tokens), star_layout(config)
+    model, layout = config.model, star_layout(config)
     kind = f"star:{config.attention.anchor}"
     work = workload(kind, config, model, layout)
     clock = Clock(config.machine, config.efficiency)

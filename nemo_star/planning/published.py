@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_star.config.compose import compose_group
-from nemo_star.config.model import Layout
+from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import EfficiencyConfig, MachineConfig
-from nemo_star.config.recipe import AttentionConfig, ShapeConfig
-from nemo_star.planning.plan import model_of
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.parallel.layout import Layout
 from nemo_star.planning.time import Clock, layer_time, prefill_seconds
 from nemo_star.planning.work import Workload, rank_work
 
@@ -74,5 +74,5 @@ def _work(table: dict[str, Any], kind: str, tokens: int) -> Workload:
     attention = AttentionConfig(
         kind=name, anchor="recompute" if anchor == "recompute" else "shared", block_size=-(-tokens // table["blocks"])
     )
-    model = model_of(compose_group(ShapeConfig, "model", table["model"]), tokens)
+    model = compose_group(ModelConfig, "model", table["model"])
     return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), attention, tokens, zigzag=False)

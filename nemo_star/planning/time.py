@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
 from nemo_star.methods.partition import Block
 from nemo_star.parallel.decode_slices import weight_elements_read
-from nemo_star.planning.flops import layer_weights, pair_flops, tokens_in_flight, widths
+from nemo_star.planning.flops import tokens_in_flight
 from nemo_star.planning.memory import kv_bytes, stage_layers
 from nemo_star.planning.work import RankWork, Workload, rank_attention_pairs, rank_work
 
@@ -86,10 +86,10 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> La
     model, tp = work.model, work.layout.tp
     tokens = tokens_in_flight(block, work.attention)
     matrices = {
-        name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in layer_weights(model).items()
+        name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in model.layer_matrices.items()
     }
-    attention = clock.attention_seconds(work, pair_flops(model) * rank_attention_pairs(work, block) / tp)
-    query, kv = widths(model)
+    attention = clock.attention_seconds(work, model.pair_flops * rank_attention_pairs(work, block) / tp)
+    query, kv = model.query_width, model.kv_width
     gate = GATE_PASSES * model.ffn_hidden_size / tp
     other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (query + kv) / tp
     gate_seconds, other_seconds = (
@@ -125,7 +125,7 @@ def prefill_seconds(work: Workload, clock: Clock) -> float:
 def decode_seconds(work: Workload, clock: Clock) -> float:
     """Seconds of one token: weights and K/V read once, and what the collectives take. A lower bound on GPUs."""
     model, layout = work.model, work.layout
-    query, _ = widths(model)
+    query = model.query_width
     sliced = work.sliced
     sharded = layout.cp if sliced else 1
     attending = layout.cp if "projection" in sliced else 1
@@ -157,7 +157,7 @@ def _context_parallel(
 ) -> float:
     """What a layer waits for other cp ranks."""
     cp, span = work.layout.cp, work.layout.tp * work.layout.cp
-    query, kv = (width / work.layout.tp * work.dtype_bytes for width in widths(work.model))
+    query, kv = (width / work.layout.tp * work.dtype_bytes for width in (work.model.query_width, work.model.kv_width))
     hidden_behind = 1.0 if clock.machine.overlaps else 0.0
     if cp == 1:
         return 0.0

@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_star.config.model import Layout, ModelConfig
-from nemo_star.config.recipe import AttentionConfig
+from nemo_star.config.model import ModelConfig
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.partition import PARTITIONS, Block
 from nemo_star.parallel.decode_slices import Part, sliced_parts
+from nemo_star.parallel.layout import Layout
 from nemo_star.planning.flops import attention_pairs, block_flops, tokens_in_flight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_star.config.recipe import InferenceConfig
+from nemo_star.config.generate import InferenceConfig
 from nemo_star.engine.engine import Prefill, Step
 from nemo_star.engine.sampling import Sampler
 from nemo_star.serving.requests import Request

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_star.checkpoint.description import HF_FOLDER
+from nemo_star.config.generate import GenerateConfig
 from nemo_star.config.model import ModelConfig
-from nemo_star.config.recipe import SMALL_BLOCK_TOKENS, GenerateConfig
+from nemo_star.methods.config import SMALL_BLOCK_TOKENS
 from nemo_star.methods.partition import PARTITIONS
 from nemo_star.runtime.files import check_target, write_whole
 from nemo_star.runtime.launch import EXIT_BAD_LINES, warn
@@ -200,7 +201,7 @@ class FrontDesk:
         if attention.kind == "star" and attention.block_size is not None and block_size < SMALL_BLOCK_TOKENS:
             self._tell(f"attention.block_size is {block_size} tokens (tokens, not K): is that meant?", warning=True)
         last = context_tokens + len(request.query_ids) + self.config.inference.tokens_to_generate
-        if last > self.model.max_position_embeddings:
+        if self.model.max_position_embeddings and last > self.model.max_position_embeddings:
             self._tell(
                 f"context, query and answer take up to {last} positions, the model was trained for "
                 f"{self.model.max_position_embeddings}: answers may be poor",

@@ -16,8 +16,7 @@ from nemo_star.attention import AttentionState
 from nemo_star.attention.cache import KVCache
 from nemo_star.checkpoint.description import CheckpointDescription, read_description
 from nemo_star.checkpoint.load import load_weights
-from nemo_star.config.model import Layout, check_layout, plan_layout
-from nemo_star.config.recipe import GenerateConfig
+from nemo_star.config.generate import GenerateConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.models.build import build_model, build_rotary
@@ -33,6 +32,7 @@ from nemo_star.parallel.groups import (
     on_every_rank,
     on_first_rank,
 )
+from nemo_star.parallel.layout import Layout, check_layout, plan_layout
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.work import Workload
 from nemo_star.runtime.launch import environment_world_size

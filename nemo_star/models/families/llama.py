@@ -42,14 +42,6 @@ class Weight:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _query_size(model: ModelConfig) -> int:
-    return model.num_attention_heads * model.kv_channels
-
-
-def _kv_size(model: ModelConfig) -> int:
-    return model.num_query_groups * model.kv_channels
-
-
 def join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
     """Megatron's order: for each query group its query heads, its K head, its V head."""
     groups = [part.reshape(model.num_query_groups, -1, model.hidden_size) for part in parts]
@@ -57,7 +49,7 @@ def join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
 
 
 def split_qkv(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    queries = _query_size(model) // model.num_query_groups
+    queries = model.query_width // model.num_query_groups
     groups = whole.reshape(model.num_query_groups, -1, model.hidden_size)
     parts = groups.split([queries, model.kv_channels, model.kv_channels], dim=1)
     return [part.reshape(-1, model.hidden_size) for part in parts]
@@ -87,9 +79,9 @@ _WEIGHTS = (
         "decoder.layers.self_attention.linear_qkv.weight",
         tuple(f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv"),
         lambda m: (
-            (_query_size(m), m.hidden_size),
-            (_kv_size(m), m.hidden_size),
-            (_kv_size(m), m.hidden_size),
+            (m.query_width, m.hidden_size),
+            (m.kv_width, m.hidden_size),
+            (m.kv_width, m.hidden_size),
         ),
         join_qkv,
         split_qkv,
@@ -97,7 +89,7 @@ _WEIGHTS = (
     Weight(
         "decoder.layers.self_attention.linear_proj.weight",
         (_LAYER + "self_attn.o_proj.weight",),
-        lambda m: ((m.hidden_size, _query_size(m)),),
+        lambda m: ((m.hidden_size, m.query_width),),
     ),
     Weight(
         "decoder.layers.mlp.linear_fc1.layer_norm_weight",

@@ -1,0 +1,33 @@
+"""Sizes of the process groups: the `parallel` group of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MOST_MINUTES = 60 * 24 * 365
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the process groups; data parallel is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int | None = None
+    """None: all ranks that tp and pp leave over (for dense attention: 1)."""
+    decode: Literal["replicated", "sharded"] | None = None
+    """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
+    on each. None: `sharded` where an estimate says that it pays."""
+    sequence_parallel: bool = False
+    """Prefill on GPUs with tensor parallelism: hidden states are divided over the tp ranks between matrix products."""
+    timeout_minutes: float = 30.0
+    """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"parallel.{name}={size} must be at least 1")
+        if not 0 < self.timeout_minutes <= MOST_MINUTES:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MOST_MINUTES}")

@@ -1,0 +1,45 @@
+"""Megatron's Transformer Engine layers with our attention, on a stand-in for Transformer Engine."""
+
+import json
+
+import pytest
+import torch
+from launch import ROOT, run_tool
+from test_te_kernel import RELEASES, signature
+
+
+@pytest.fixture(scope="module")
+def report(tiny):
+    """What tests/workers/te_layers.py found with the stand-in on the path."""
+    done = run_tool(ROOT / "tests/workers/te_layers.py", tiny, packages=ROOT / "tests/fake_transformer_engine")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_checkpoint_loads_into_both_kinds_of_layers(report):
+    """Layer spec, checkpoint keys, fused rotary embedding by position id, kernel: the same logits as Megatron's own."""
+    assert report["found"] == "Transformer Engine 2.9.0 works"
+    own, theirs = report["classes"]
+    assert {"ColumnParallelLinear", "RowParallelLinear"} <= set(own)
+    assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "StarAttention", "RMSNorm"} <= set(theirs)
+    assert not {"ColumnParallelLinear", "RowParallelLinear"} & set(theirs)
+    own_logits, their_logits, sharded_logits = (torch.tensor(logits) for logits in report["logits"])
+    torch.testing.assert_close(their_logits, own_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sharded_logits, own_logits, atol=1e-5, rtol=1e-5)  # fc1's own norm, too
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_megatron_builds_fits_a_release(report, release):
+    """Layers, norms and rotary embedding, as this release of Megatron calls them, bind to Transformer Engine's."""
+    names = {name for name, *_ in report["calls"]}
+    assert names == {
+        "DotProductAttention.__init__",
+        "DotProductAttention.forward",
+        "LayerNormLinear.__init__",
+        "Linear.__init__",
+        "RMSNorm.__init__",
+        "apply_rotary_pos_emb",
+        "fused_attn_fwd",
+    }
+    for name, positional, keywords in report["calls"]:
+        signature(RELEASES[release][name]).bind(*[None] * positional, **dict.fromkeys(keywords))

@@ -1,0 +1,215 @@
+"""What needs a GPU, in one call: pytest -m gpu. Kernels are also tried on CPU, where there is one, by the same tests.
+
+A kernel in 16 bits may be off a float64 oracle by at most twice what torch's own attention in that type is off.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from golden import CASES, FEW, TOLERANCE, check, run_cases, settings
+from launch import ROOT, generate_many, torchrun, write_jsonl
+from oracle import reference
+from safetensors.torch import load_file
+
+from nemo_star.attention.cache import KVCache
+from nemo_star.kernels.registry import get_kernel
+
+KERNELS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("math", "flash", "te"))]
+SHAPES = [(1, 1), (7, 7), (1, 300), (33, 97), (64, 192), (256, 256), (128, 1024)]
+"""Query and key lengths; more keys than queries are an anchor, or a cache."""
+HEADS = [(8, 8), (8, 2), (4, 1)]
+LEAST_ALLOWED = 1e-4
+
+
+@pytest.fixture(params=KERNELS)
+def kernel_on(request, monkeypatch, transformer_engine):
+    """(kernel, its device)."""
+    device = torch.device("cpu" if request.param == "cpu" else "cuda")
+    if request.param == "te":
+        found, package = transformer_engine
+        if found.state != "working":
+            pytest.skip(found.told())
+        monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    return get_kernel(request.param, device, torch.bfloat16), device
+
+
+def inputs(sq, sk, heads=8, groups=2, *, device, dtype=torch.bfloat16, channels=64, batch=1):
+    generator = torch.Generator().manual_seed(sq * 1000 + sk)
+    shapes = ((sq, batch, heads, channels), (sk, batch, groups, channels), (sk, batch, groups, channels))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+class Oracle:
+    """out and lse in float64 for one input, and how far torch's own attention is off."""
+
+    def __init__(self, q, k, v, scale, causal):
+        self.out, self.lse = reference(q.cpu(), k.cpu(), v.cpu(), scale, causal)
+        self.dtype = q.dtype
+        self.own = self._errors(torch_attention(q, k, v, scale, causal))
+
+    def _errors(self, out):
+        """Root mean square, and largest."""
+        error = out.cpu().double() - self.out
+        return error.square().mean().sqrt().item(), error.abs().max().item()
+
+    def check(self, out):
+        """At most twice torch's error; the largest, that of one number, may also be off by one rounding of the type."""
+        (mean, largest), (own_mean, own_largest) = self._errors(out), self.own
+        assert mean <= max(2 * own_mean, LEAST_ALLOWED)
+        assert largest <= 2 * own_largest + torch.finfo(self.dtype).eps * self.out.abs().max()
+
+
+def torch_attention(q, k, v, scale, causal):
+    """torch's own in the type of the inputs, [sq, b, np, hn]."""
+    sq, sk, repeats = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
+    mask = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq) if causal else None
+    batch_first = [x.permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))]
+    own = torch.nn.functional.scaled_dot_product_attention(*batch_first, attn_mask=mask, scale=scale)
+    return own.permute(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize(("sq", "sk"), SHAPES)
+@pytest.mark.parametrize("channels", [64, 128])
+def test_prefill_is_as_good_as_torch(kernel_on, heads, groups, sq, sk, channels):
+    kernel, device = kernel_on
+    q, k, v = inputs(sq, sk, heads, groups, device=device, channels=channels)
+    out = kernel.prefill(q, k, v, 0.125)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    Oracle(q, k, v, 0.125, True).check(out)
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize(("sq", "sk"), SHAPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_and_its_lse_are_as_good_as_torch(kernel_on, heads, groups, sq, sk, causal, dtype):
+    kernel, device = kernel_on
+    q, k, v = inputs(sq, sk, heads, groups, device=device, dtype=dtype, channels=128, batch=2)
+    oracle = Oracle(q, k, v, 0.09, causal)
+    out, lse = kernel.decode(q, k, v, 0.09, causal)
+    assert out.dtype == lse.dtype == torch.float32
+    oracle.check(out)
+    assert (lse.cpu().double() - oracle.lse).abs().max() <= 1e-3
+
+
+def test_no_keys_give_no_share(kernel_on):
+    kernel, device = kernel_on
+    out, lse = kernel.decode(*inputs(3, 0, device=device), 0.125, False)
+    assert not out.any()
+    assert lse.isneginf().all()
+
+
+def test_views_of_larger_buffers_do(kernel_on):
+    """A cache's views, and keys that lie between others' in memory."""
+    kernel, device = kernel_on
+    q, k, v = inputs(5, 64, device=device)
+    cache = KVCache()
+    cache.reset(1000)
+    cache.append(1, k, v)
+    interleaved = torch.stack((k, v), dim=3)[:, :, :, :1].squeeze(3), torch.stack((v, k), dim=2)[:, :, 0]
+    expected = kernel.decode(q, k, v, 0.125, True)
+    torch.testing.assert_close(kernel.decode(q, *cache.get(1), 0.125, True), expected)
+    torch.testing.assert_close(kernel.decode(q, *interleaved, 0.125, True), expected)
+    torch.testing.assert_close(kernel.prefill(q, *interleaved, 0.125), kernel.prefill(q, k, v, 0.125))
+
+
+def test_merged_parts_are_the_whole(kernel_on):
+    """The kernel's lse is what the merge takes it for: parts of the keys, merged, are attention over all of them."""
+    from nemo_star.kernels.merge import merge_partials
+
+    kernel, device = kernel_on
+    q, k, v = inputs(6, 900, device=device)
+    parts = [kernel.decode(q, k[start:stop], v[start:stop], 0.125, False) for start, stop in ((0, 500), (500, 900))]
+    out, _ = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    Oracle(q, k, v, 0.125, False).check(out)
+
+
+@pytest.mark.gpu
+def test_recorded_answers_on_one_gpu(tiny, tmp_path, golden_logits):
+    """Star, recomputed anchors, dense through tools/generate.py with NCCL: float32, as on CPU."""
+    exact = ["attention.kernel=math", "dtype=float32"]
+    runs = [("star", {}), ("recompute", {"anchor": "recompute"})]
+    star = [case for case in CASES if case["id"] in FEW]
+    dense = [case for case in CASES if case["attn"] == "dense"][:1]
+    labelled = [
+        (f"{case['id']}:{label}", settings(case, (1, 1, 1), **changes) + exact, case)
+        for label, changes in runs
+        for case in star
+    ]
+    labelled += [(case["id"], settings(case, (1, 1, 1)) + exact, case) for case in dense]
+    answers = run_cases(1, labelled, tiny, tmp_path, gpu=True)
+    for label, _, case in labelled:
+        check(answers[label], case, golden_logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("processes", "layouts"), [(2, [(1, 2), (2, 1)]), (4, [(2, 2), (1, 4)])])
+def test_several_ranks_on_one_gpu(tiny, tmp_path, processes, layouts):
+    """gloo's collectives on CUDA tensors, because NCCL refuses two ranks on a device: star and Ulysses, tp and cp."""
+    check_ranks(tiny, tmp_path, processes, layouts, gpu=True)
+
+
+def check_ranks(checkpoint, folder, processes, layouts, gpu):
+    arguments = (checkpoint, folder / "report.json", json.dumps(layouts))
+    done = torchrun(processes, ROOT / "tests/workers/gpu_ranks.py", *arguments, gpu=gpu, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert {row["device"] for row in report} == {"cuda" if gpu else "cpu"}
+    assert {(row["tp"], row["cp"]) for row in report} == set(layouts)
+    assert all(row["same_tokens"] for row in report), report
+    assert max(row["difference"] for row in report) <= TOLERANCE, report
+
+
+@pytest.mark.gpu
+def test_transformer_engine_layers_and_megatrons_own_agree(tiny, tmp_path, golden_logits, transformer_engine):
+    """One checkpoint in bfloat16: Transformer Engine's layers and kernel err at most twice as much as without it."""
+    if transformer_engine[0].state != "working":
+        pytest.skip(transformer_engine[0].told())
+    hidden = tmp_path / "packages"
+    (hidden / "transformer_engine").mkdir(parents=True)
+    (hidden / "transformer_engine/__init__.py").write_text("raise ImportError('left out by a test')")
+    errors = {}
+    for kernel, packages in (("te", None), ("flash", hidden)):
+        folder = tmp_path / kernel
+        folder.mkdir()
+        errors[kernel] = first_token_errors(tiny, folder, kernel, packages, golden_logits)
+    assert errors["te"] <= max(2 * errors["flash"], 1e-2), errors
+
+
+def first_token_errors(checkpoint, folder, kernel, packages, golden_logits):
+    """Largest error of the first token's logits against the recorded float32 ones, over a few cases."""
+    cases = [case for case in CASES if case["id"] in FEW and case["world_size"] == 1]
+    worst = 0.0
+    for case in cases:
+        row = {"id": case["id"], "context_ids": case["context_ids"], "query_ids": case["query_ids"]}
+        source, logits = write_jsonl(folder / "in.jsonl", [row]), folder / "logits.safetensors"
+        run = [f"checkpoint={checkpoint}", f"input={source}", f"output_logits={logits}", "overwrite=true"]
+        (result,) = generate_many(1, [[*run, *settings(case)]], folder, gpu=True, packages=packages)
+        assert result["code"] == 0, result
+        assert f"kernel {kernel}, bfloat16" in result["stderr"]
+        first = load_file(logits)[f"{case['id']}/logits"][0]
+        worst = max(worst, (first - golden_logits[f"{case['id']}/logits"][0]).abs().max().item())
+    return worst
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("layout", [(1, 1, 2), (2, 1, 1), (1, 2, 1)], ids=["cp", "tp", "pp"])
+def test_recorded_answers_on_two_gpus(tiny, tmp_path, golden_logits, layout):
+    """NCCL: context, tensor (with sequence parallelism, too) and pipeline parallelism."""
+    exact = ["attention.kernel=math", "dtype=float32"]
+    settings_by_label = {"plain": exact}
+    if layout[0] > 1:
+        settings_by_label["sequence-parallel"] = [*exact, "parallel.sequence_parallel=true"]
+    labelled = [
+        (f"{case['id']}:{label}", settings(case, layout) + more, case)
+        for label, more in settings_by_label.items()
+        for case in CASES
+        if case["id"] in FEW
+    ]
+    answers = run_cases(2, labelled, tiny, tmp_path, gpu=True)
+    for label, _, case in labelled:
+        check(answers[label], case, golden_logits)

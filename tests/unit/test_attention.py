@@ -1,0 +1,117 @@
+"""Merge and kernels against plain float64 attention."""
+
+import pytest
+import torch
+from oracle import SHAPES, inputs, reference
+
+from nemo_star.kernels import registry
+from nemo_star.kernels.merge import merge_partials
+from nemo_star.kernels.registry import get_kernel
+from nemo_star.runtime.transformer_engine import find_transformer_engine
+
+
+def kernels(dtype=torch.float32):
+    return [get_kernel(name, torch.device("cpu"), dtype) for name in ("cpu", "math")]
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("sq", "sk"), SHAPES)
+def test_kernels_compute_attention(kernel, heads, groups, batch, sq, sk):
+    q, k, v = inputs(sq, sk, heads, groups, batch)
+    for causal in (True, False):
+        out, lse = kernel.decode(q, k, v, 0.3, causal)
+        expected_out, expected_lse = reference(q, k, v, 0.3, causal)
+        torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+        assert out.dtype == lse.dtype == torch.float32
+    prefill = kernel.prefill(q, k, v, 0.3)
+    torch.testing.assert_close(prefill.double(), reference(q, k, v, 0.3, True)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+def test_no_keys_give_no_share(kernel):
+    q, k, v = inputs(3, 0)
+    out, lse = kernel.decode(q, k, v, 0.3, False)
+    assert torch.equal(out, torch.zeros(3, 1, 4, 16))
+    assert torch.equal(lse, torch.full((3, 1, 4), float("-inf")))
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+def test_views_of_a_larger_buffer_do(kernel):
+    q, k, v = inputs(5, 64)
+    views = k[8:40], v[8:40]
+    copies = k[8:40].clone(), v[8:40].clone()
+    torch.testing.assert_close(kernel.decode(q, *views, 0.3, True), kernel.decode(q, *copies, 0.3, True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_is_as_good_as_torch(causal):
+    """At most twice the error of torch's own bfloat16 attention against float32."""
+    q, k, v = inputs(64, 64, groups=4, dtype=torch.bfloat16)
+    exact = reference(q, k, v, 0.25, causal)[0]
+    batch_first = [x.permute(1, 2, 0, 3) for x in (q, k, v)]
+    own = torch.nn.functional.scaled_dot_product_attention(*batch_first, is_causal=causal, scale=0.25)
+    allowed = 2 * (own.permute(2, 0, 1, 3).double() - exact).abs().max()
+    for kernel in kernels(torch.bfloat16):
+        assert (kernel.decode(q, k, v, 0.25, causal)[0].double() - exact).abs().max() <= allowed
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
+    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: cpu, math"):
+        get_kernel("flash", torch.device("cpu"), torch.float32)
+    assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "loaded", "expected"),
+    [
+        (torch.bfloat16, (9, 0), True, ["te", "flash", "math"]),
+        (torch.float16, (8, 0), False, ["flash", "math"]),
+        (torch.bfloat16, (7, 5), False, ["math"]),
+        (torch.float32, (9, 0), True, ["math"]),
+    ],
+)
+def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, loaded, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(registry, "is_loaded", lambda: loaded)
+    device = torch.device("cuda")
+    assert registry.kernels_that_run(device, dtype) == expected
+    assert get_kernel("auto", device, dtype).name == expected[0]
+
+
+def test_why_transformer_engine_does_not_run_is_said():
+    told = r"attention.kernel=te does not run on cpu .* \(Transformer Engine is not installed\); these do: cpu, math"
+    if find_transformer_engine().state == "absent":
+        with pytest.raises(ValueError, match=told):
+            get_kernel("te", torch.device("cpu"), torch.bfloat16)
+
+
+def test_merge_of_parts_is_attention_over_all_keys():
+    q, k, v = inputs(6, 90)
+    kernel = get_kernel("math", q.device, q.dtype)
+    parts = [kernel.decode(q, k[start:stop], v[start:stop], 0.3, False) for start, stop in ((0, 50), (50, 90))]
+    out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    expected_out, expected_lse = reference(q, k, v, 0.3, False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [-100.0, 100.0, -1000.0, 1000.0])
+def test_merge_survives_any_gap(gap):
+    outs = torch.stack([torch.full((1, 1, 1, 4), 1.0), torch.full((1, 1, 1, 4), 2.0)])
+    out, lse = merge_partials(outs, torch.tensor([0.0, gap]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.full((1, 1, 1, 4), 1.0 if gap < 0 else 2.0))
+    assert lse.item() == max(0.0, gap)
+
+
+def test_merge_with_empty_parts():
+    empty = torch.tensor(float("-inf"))
+    outs = torch.stack([torch.full((1, 1, 1, 4), float("nan")), torch.full((1, 1, 1, 4), 2.0)])
+    out, lse = merge_partials(outs, torch.stack([empty, torch.tensor(3.0)]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.full((1, 1, 1, 4), 2.0))
+    assert lse.item() == 3.0
+    out, lse = merge_partials(outs, torch.stack([empty, empty]).view(2, 1, 1, 1))
+    assert torch.equal(out, torch.zeros(1, 1, 1, 4))
+    assert lse.item() == float("-inf")

@@ -1,0 +1,85 @@
+import pytest
+
+from nemo_star.config.generate import GenerateConfig, InferenceConfig
+from nemo_star.config.parallel import ParallelConfig
+from nemo_star.config.strict import parse
+from nemo_star.methods.config import AttentionConfig
+
+QUESTION = {"checkpoint": "c", "context": "a", "query": "b"}
+
+
+def test_values_reach_their_fields():
+    config = parse(
+        GenerateConfig,
+        {
+            **QUESTION,
+            "attention": {"kind": "dense", "block_size": 32},
+            "inference": {"temperature": 2, "end_strings": ["a", "b"]},
+            "cache": {"dtype": "bfloat16"},
+        },
+    )
+    assert config.attention == AttentionConfig(kind="dense", block_size=32)
+    assert config.inference == InferenceConfig(temperature=2.0, end_strings=("a", "b"))
+    assert config.cache.dtype == "bfloat16"
+    assert config.parallel == ParallelConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention": {"blok_size": 3}}, "unknown key attention.blok_size; known keys here: attention.kind"),
+        ({"attention": {"block_size": "4K"}}, "attention.block_size='4K' must be of type int"),
+        ({"attention": {"block_size": True}}, "attention.block_size=True must be of type int"),
+        ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known kinds: star, dense, ring, ulysses"),
+        ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be one of: auto"),
+        ({"attention": {"block_size": 0}}, "attention.block_size=0 must be at least 1 token"),
+        ({"attention": {"block_size": 32, "anchor_size": 64}}, "anchor_size=64 is larger than attention.block_size=32"),
+        ({"attention": 3}, "attention=3 must be a group of keys"),
+        ({"inference": {"temperature": 0}}, "inference.temperature=0.0 must be 0.001 or more"),
+        ({"inference": {"temperature": float("nan")}}, "inference.temperature=nan must be"),
+        ({"inference": {"seed": -1}}, "inference.seed=-1 must be at least 0"),
+        ({"parallel": {"timeout_minutes": float("inf")}}, "parallel.timeout_minutes=inf must be above 0"),
+        ({"inference": {"top_p": 1.5}}, "inference.top_p=1.5"),
+        ({"inference": {"tokens_to_generate": 0}}, "inference.tokens_to_generate=0 must be at least 1"),
+        ({"inference": {"end_strings": "x"}}, "inference.end_strings='x' must be a list"),
+        ({"parallel": {"context_parallel_size": 0}}, "parallel.context_parallel_size=0 must be at least 1"),
+        ({"dtype": "fp8"}, "dtype='fp8' must be one of: float32, bfloat16, float16"),
+        ({"checkpoint": None}, "checkpoint is not set"),
+        ({"context": None}, "no context: give context=TEXT or context_file=PATH"),
+        ({"query_file": "q"}, "query and query_file are both set"),
+        ({"input": "x.jsonl"}, "input=x.jsonl goes without context, query"),
+        ({"resume": True}, "resume=true continues an output file"),
+    ],
+)
+def test_what_is_wrong_is_named(values, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        parse(GenerateConfig, {**QUESTION, **values})
+    assert message in str(error.value)
+
+
+def test_resume_contradicts_overwrite_and_logits():
+    lines = {"checkpoint": "c", "input": "i", "output": "o", "resume": True}
+    with pytest.raises(ValueError, match="contradict"):
+        parse(GenerateConfig, {**lines, "overwrite": True})
+    with pytest.raises(ValueError, match="output_logits"):
+        parse(GenerateConfig, {**lines, "output_logits": "l"})
+
+
+@pytest.mark.parametrize(
+    ("config", "context_tokens", "sizes"),
+    [
+        (AttentionConfig(), 100, (25, 25)),
+        (AttentionConfig(), 101, (26, 26)),
+        (AttentionConfig(), 1_000_000, (32768, 32768)),
+        (AttentionConfig(block_size=64), 100, (64, 64)),
+        (AttentionConfig(block_size=64, anchor_size=0), 100, (64, 0)),
+        (AttentionConfig(kind="dense", block_size=64), 100, (100, 0)),
+    ],
+)
+def test_default_sizes(config, context_tokens, sizes):
+    assert config.sizes(context_tokens) == sizes
+
+
+def test_an_anchor_larger_than_the_default_block_names_both():
+    with pytest.raises(ValueError, match=r"anchor_size=30 is larger than the block size 25"):
+        AttentionConfig(anchor_size=30).sizes(100)

@@ -1,0 +1,43 @@
+import pytest
+
+from nemo_star.config.model import ModelConfig
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.partition import PARTITIONS
+from nemo_star.planning.flops import prefill_flops
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=16,
+    kv_channels=2,
+    vocab_size=10,
+    max_position_embeddings=100,
+)
+LINEAR = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+"""Operations of one token in one layer's matrices."""
+PAIR = 4 * 4 * 2
+"""Operations of one (query, key) pair in one layer."""
+
+
+def flops(kind, tokens, cp_size=2, **settings):
+    attention = AttentionConfig(kind=kind, **settings)
+    return prefill_flops(MODEL, PARTITIONS[kind](tokens, *attention.sizes(tokens), cp_size), attention) // 2
+
+
+def test_exact_kinds_count_every_pair_once():
+    every = 20 * LINEAR + 20 * 21 // 2 * PAIR
+    assert flops("dense", 20, cp_size=1) == flops("ring", 20) == flops("ulysses", 20) == flops("ring", 20, 3) == every
+
+
+@pytest.mark.parametrize(("anchor", "extra"), [("shared", 0), ("recompute", 2)])
+def test_star_counts_blocks_anchors_and_what_is_computed_again(anchor, extra):
+    # 3 blocks of 4, 4 and 2 tokens, anchor 3
+    pairs = 10 + (10 + 4 * 3) + (3 + 2 * 3) + extra * 6
+    assert flops("star", 10, block_size=4, anchor_size=3, anchor=anchor) == (10 + extra * 3) * LINEAR + pairs * PAIR
+
+
+def test_star_without_an_anchor_and_of_one_block():
+    assert flops("star", 10, block_size=4, anchor_size=0) == 10 * LINEAR + (10 + 10 + 3) * PAIR
+    assert flops("star", 10, block_size=16) == flops("dense", 10, cp_size=1)

@@ -1,0 +1,315 @@
+"""The planner: identities, what it counts against what runs, and published tables."""
+
+import dataclasses
+import json
+
+import pytest
+from launch import ROOT, run_tool
+
+from nemo_star.config.compose import CONF, RECIPES, compose, compose_group
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.plan import EfficiencyConfig, MachineConfig, PlanConfig
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.partition import PARTITIONS
+from nemo_star.parallel.layout import Layout
+from nemo_star.planning import report, work
+from nemo_star.planning.flops import attention_pairs, prefill_flops, tokens_in_flight
+from nemo_star.planning.measured import compare_rows
+from nemo_star.planning.memory import fullest_rank, kv_bytes, weight_elements
+from nemo_star.planning.plan import block_rows, fastest, plan_rows
+from nemo_star.planning.published import median_error, published_cells
+from nemo_star.planning.time import Clock, decode_seconds, layer_time, prefill_seconds
+from nemo_star.planning.work import Workload, rank_work, star_rank, tokens_by_rank, total_flops
+
+LLAMA = ModelConfig(32, 4096, 32, 8, 14336, 128256)
+MACHINES = sorted(path.stem for path in (CONF / "machine").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def a800():
+    return Clock(compose_group(MachineConfig, "machine", "a800"), EfficiencyConfig())
+
+
+def llama(kind, tokens, *, tp=1, pp=1, cp=1, dtype="bfloat16", decode="replicated", **attention):
+    name, _, anchor = kind.partition(":")
+    attention = AttentionConfig(kind=name, anchor=anchor or "shared", **attention)
+    layout = Layout(tp=tp, cp=cp, dp=1, pp=pp)
+    return Workload(LLAMA, layout, attention, tokens, dtype=dtype, decode=decode)
+
+
+def plan(*arguments):
+    return compose(PlanConfig, arguments, tool="plan", literal_keys=("output", "check"))
+
+
+# What there is to do
+
+
+@pytest.mark.parametrize("kind", ["star:shared", "star:recompute", "ring", "ulysses"])
+@pytest.mark.parametrize(("tokens", "block", "cp"), [(97, 10, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)])
+def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp):
+    planned = llama(kind, tokens, cp=cp, block_size=block, anchor_size=block // 2)
+    partition = PARTITIONS[planned.attention.kind](tokens, *planned.sizes, cp)
+    assert tokens_by_rank(planned) == [partition.tokens_of(rank) for rank in range(cp)]
+    assert total_flops(planned) == prefill_flops(planned.model, partition, planned.attention)
+    assert max(rank.tokens for rank in rank_work(planned)) == max(tokens_by_rank(planned))
+    if planned.attention.kind != "star":
+        return
+
+    def load(blocks):
+        attention = planned.attention
+        pairs = sum(count * attention_pairs(block, attention) for block, count in blocks)
+        return sum(count * tokens_in_flight(block, attention) for block, count in blocks), pairs
+
+    every = [load([(block, 1) for block in blocks]) for blocks in partition.ranks]
+    assert every == [load(star_rank(planned, rank).blocks) for rank in range(cp)]
+    standing = [load(rank.blocks) for rank in rank_work(planned)]
+    for measure in (0, 1):
+        assert max(load[measure] for load in standing) == max(load[measure] for load in every)
+
+
+def test_a_hundred_million_tokens_on_4096_ranks_cost_no_more_than_a_thousand(monkeypatch):
+    made = []
+    original = work.Block
+    monkeypatch.setattr(work, "Block", lambda *arguments: made.append(1) or original(*arguments))
+    counts = []
+    for tokens, world in ((1000, 4), (100_000_000, 4096)):
+        made.clear()
+        arguments = f"context_tokens={tokens}", f"world_size={world}", "attention.block_size=128"
+        rows = plan_rows(plan(*arguments, "compare=[star:shared,star:recompute]"))
+        assert all(row["prefill_seconds"] > 0 for row in rows)
+        counts.append(len(made))
+    assert counts[1] < 2 * counts[0] < 200
+
+
+# Time
+
+
+def test_one_block_is_dense_attention(a800):
+    star, dense = llama("star:shared", 5000, block_size=5000), llama("dense", 5000)
+    assert total_flops(star) == total_flops(dense)
+    assert prefill_seconds(star, a800) == prefill_seconds(dense, a800)
+    assert decode_seconds(star, a800) == decode_seconds(dense, a800)
+    assert fullest_rank(star) == fullest_rank(dense)
+
+
+def test_a_shared_anchor_halves_the_matrices_and_saves_a_quarter_of_the_attention(a800):
+    times = {}
+    for anchor in ("shared", "recompute"):
+        planned = llama(f"star:{anchor}", 2**17, cp=8, block_size=2**14)
+        rank = rank_work(planned)[1]
+        times[anchor] = layer_time(planned, a800, rank, rank.blocks[0][0])
+    shared, recompute = times["shared"], times["recompute"]
+    for part in ("qkv", "projection", "ffn", "other"):
+        assert getattr(shared, part) * 2 == pytest.approx(getattr(recompute, part))
+    assert shared.attention == pytest.approx(0.75 * recompute.attention, rel=1e-4)
+    assert shared.exposed == recompute.exposed == 0  # the broadcast is hidden behind the layer
+
+
+def test_communication_that_nothing_hides_takes_time(a800):
+    alone = dataclasses.replace(a800.machine, overlaps=False)
+    for kind in ("star:shared", "ring"):
+        planned = llama(kind, 2**17, cp=8, block_size=2**14)
+        assert prefill_seconds(planned, Clock(alone, a800.efficiency)) > prefill_seconds(planned, a800)
+
+
+def test_stages_wait_for_their_first_block(a800):
+    def seconds(pp, block):
+        return prefill_seconds(llama("star:shared", 2**16, pp=pp, block_size=block, anchor_size=0), a800)
+
+    one_block = seconds(4, 2**16)
+    assert one_block == pytest.approx(seconds(1, 2**16), rel=0.01)  # stages run in turn
+    assert seconds(4, 2**12) < 0.4 * seconds(1, 2**12)  # 16 blocks fill the pipeline
+
+
+def test_sharded_decode_reads_slices_of_the_ffn(a800):
+    replicated, sharded = (llama("star:shared", 2**14, cp=8, decode=decode) for decode in ("replicated", "sharded"))
+    assert decode_seconds(sharded, a800) < 0.6 * decode_seconds(replicated, a800)
+    read = 32 * (4096 * 6144 + 4096 * 4096) + (32 * 3 * 4096 * 14336 + 128256 * 4096) / 8
+    assert decode_seconds(sharded, a800) > 2 * read / a800.machine.memory_bandwidth
+
+
+def test_few_tokens_still_read_the_weights(a800):
+    planned = llama("dense", 1)
+    weights = 2 * 32 * sum(elements for elements in (4096 * 6144, 4096 * 4096, 3 * 4096 * 14336))
+    assert prefill_seconds(planned, a800) > weights / a800.machine.memory_bandwidth
+
+
+# Memory
+
+
+def test_weights_are_those_of_the_model():
+    model = LLAMA
+    assert weight_elements(model, 1, 1, 0) == 8_030_261_248  # Llama-3.1-8B's own count
+    stages = [weight_elements(model, 1, 3, stage) for stage in range(3)]
+    assert sum(stages) == 8_030_261_248
+    tied = dataclasses.replace(model, share_embeddings_and_output_weights=True)
+    assert weight_elements(model, 1, 1, 0) - weight_elements(tied, 1, 1, 0) == 128256 * 4096
+    padded = dataclasses.replace(model, vocab_size=128255)
+    assert weight_elements(padded, 2, 1, 0) == weight_elements(model, 2, 1, 0)
+
+
+def test_memory_falls_with_ranks_and_types():
+    peaks = [fullest_rank(llama("star:shared", 2**20, cp=cp, block_size=2**14)).peak for cp in (1, 2, 4, 8, 16, 64)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[-1]
+    for kind in ("ring", "ulysses"):
+        kv = [fullest_rank(llama(kind, 2**17, cp=cp)).kv for cp in (1, 2, 4, 8)]
+        assert [kv[0] // cp for cp in (1, 2, 4, 8)] == kv
+    tp = fullest_rank(llama("dense", 2**15, tp=4)).peak
+    assert tp < fullest_rank(llama("dense", 2**15)).peak / 3
+    assert fullest_rank(llama("dense", 2**15, dtype="float32")).peak == 2 * fullest_rank(llama("dense", 2**15)).peak
+
+
+def test_kv_bytes_are_those_of_the_cache(tiny, groups):
+    import torch
+
+    from nemo_star.checkpoint.description import read_description
+    from nemo_star.config.generate import GenerateConfig
+    from nemo_star.serving.generate import build_engine
+
+    description = read_description(tiny)
+    config = GenerateConfig(checkpoint=str(tiny), context="a", query="b", attention=AttentionConfig(block_size=16))
+    engine = build_engine(config, description, groups, torch.device("cpu"))
+    engine.encode_context(list(range(50)), new_tokens=1)
+    cache = engine.state.cache
+    layout = Layout(1, 1, 1, 1)
+    planned = Workload(description.model, layout, config.attention, 50, dtype="float32")
+    assert kv_bytes(planned, 0, 50) == cache.bytes_per_token * cache.tokens
+    assert weight_elements(description.model, 1, 1, 0) == sum(p.numel() for p in engine.stage.model.parameters())
+
+
+# Published tables
+
+
+def test_the_published_tables_are_met():
+    cells = published_cells(EfficiencyConfig())
+    assert len(cells) == 24
+    assert median_error(cells) < 0.2
+    prefill = [cell for cell in cells if cell.source.startswith("APB") and cell.source.endswith("prefill")]
+    assert len(prefill) == 15
+    assert median_error(prefill) < 0.2
+    assert max(abs(cell.error) for cell in prefill) < 0.2
+
+
+def test_the_documented_table_is_the_tool_s():
+    documented = (ROOT / "BENCHMARKS.md").read_text()
+    assert report.cells_table(published_cells(EfficiencyConfig())) in documented
+
+
+def test_defaults_of_the_recipe_and_of_the_code_agree():
+    assert plan().efficiency == EfficiencyConfig()
+
+
+# Rows of tools/benchmark.py
+
+
+def test_rows_of_the_benchmark_are_compared(tmp_path):
+    config = plan("model=small", "machine=cpu", "context_tokens=4096", "world_size=2", "attention.block_size=1024")
+    rows = [{**row, "prefill_seconds": 2 * row["prefill_seconds"]} for row in plan_rows(config)]
+    rows.append({**rows[0], "kind": "transformers", "attention": None})
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    compared = compare_rows(dataclasses.replace(config, check=str(file)))
+    assert [row["kind"] for row in compared] == ["star:shared", "star:recompute", "ring", "ulysses", "dense"]
+    for row in compared:
+        assert row["prefill_seconds"]["measured"] == 2 * row["prefill_seconds"]["planned"]
+        assert row["kv_bytes_per_rank"]["measured"] == row["kv_bytes_per_rank"]["planned"]
+    assert "prefill s 50%" in report.measured_table(compared)
+    with pytest.raises(ValueError, match="row 1 counts .* give the model="):
+        compare_rows(dataclasses.replace(config, check=str(file), model=LLAMA))
+    file.write_text('[{"attention": "ring"}]')
+    with pytest.raises(ValueError, match="row 1 lacks context_tokens"):
+        compare_rows(dataclasses.replace(config, check=str(file)))
+
+
+# The tool
+
+
+def test_every_machine_and_model_plans():
+    for machine in MACHINES:
+        for model in sorted(path.stem for path in (CONF / "model").glob("*.yaml")):
+            rows = plan_rows(plan(f"machine={machine}", f"model={model}"))
+            assert [row["error"] for row in rows] == [None] * 5
+            assert all(row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0 for row in rows)
+    assert (RECIPES / "plan.yaml").exists()
+
+
+def test_dense_takes_a_cpu_s_cores_and_one_gpu():
+    cpu = {row["kind"]: row for row in plan_rows(plan("machine=cpu", "world_size=1"))}
+    gpu = {row["kind"]: row for row in plan_rows(plan("world_size=1"))}
+    assert cpu["dense"]["prefill_seconds"] == pytest.approx(cpu["ring"]["prefill_seconds"] / 2)
+    assert gpu["dense"]["prefill_seconds"] == gpu["ring"]["prefill_seconds"]
+
+
+def test_the_fastest_fits_and_a_kind_that_cannot_run_says_why():
+    rows = plan_rows(plan("machine=a800", "context_tokens=1000000", "world_size=16"))
+    reasons = {row["kind"]: row["error"] for row in rows}
+    assert reasons["ulysses"] is None
+    assert not next(row for row in rows if row["kind"] == "dense")["fits"]
+    assert fastest(rows)["kind"] == "star:shared"
+    rows = plan_rows(plan("world_size=12", "compare=[ulysses,ring]"))
+    assert "32 query heads per tensor-parallel rank are not divisible by context_parallel_size 12" in rows[0]["error"]
+    assert fastest(rows)["kind"] == "ring"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advised"),
+    [
+        (["context_tokens=131072"], 16384),  # a block for each of 8 ranks
+        (["context_tokens=131072", "world_size=2"], 32768),  # a quarter
+        (["context_tokens=1000000"], 32768),
+        (["context_tokens=131072", "world_size=256"], 4096),  # not smaller than what was measured
+        (["context_tokens=4000"], 1000),
+        (["context_tokens=1000000", "machine.memory_bytes=40e9"], 8192),  # halved until activations fit
+        (["context_tokens=1000000", "machine.memory_bytes=16e9"], None),  # weights and K/V do not
+    ],
+)
+def test_the_advised_block(arguments, advised):
+    rows = [row for row in block_rows(plan(*arguments)) if row["advised"]]
+    assert [row["block_size"] for row in rows] == ([advised] if advised else [])
+    assert all(row["fits"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["world_size=12", "parallel.tensor_model_parallel_size=8"], "world size 12 is not divisible by"),
+        (["parallel.context_parallel_size=4"], "a plan is for one replica: world_size=8 leaves 2"),
+        (["parallel.pipeline_model_parallel_size=64", "world_size=64"], "32 layers do not fill"),
+        (
+            ["model.num_attention_heads=31"],
+            "hidden_size 4096 is not divisible by num_attention_heads 31: give kv_channels",
+        ),
+        (["compare=[star:twice]"], "'star:twice' is unknown; known: star:shared"),
+        (["context_tokens=0"], "context_tokens=0 must be at least 1"),
+        (["machine.memory_bandwidth=0"], "machine.memory_bandwidth=0.0 must be above 0"),
+        (["efficiency.gemm=1.5"], "efficiency.gemm=1.5 must be above 0 and at most 1"),
+        (["+machine.nonsense=1"], "unknown key machine.nonsense"),
+        (["+nonsense=1"], "unknown key nonsense"),
+        (["validate=true", "check=rows.json"], "ask for one of them"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_named(arguments, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        plan_rows(plan(*arguments))
+    assert message in str(error.value)
+
+
+def test_the_tool_prints_writes_and_leaves_nothing_else(tmp_path):
+    out = tmp_path / "plan.json"
+    done = run_tool(ROOT / "tools" / "plan.py", f"output={out}", "machine=b200", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 ranks of b200" in done.stdout
+    assert "attention.block_size=16384: 1/8 of the context" in done.stdout
+    written = json.loads(out.read_text())
+    assert [row["kind"] for row in written["rows"]] == list(plan().compare)
+    assert sum(row["advised"] for row in written["blocks"]) == 1
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(ValueError, match="exists: give another file or overwrite=true"):
+        report.run(plan(f"output={out}"))
+
+
+def test_an_unknown_machine_lists_the_known_ones(tmp_path):
+    done = run_tool(ROOT / "tools" / "plan.py", "machine=abacus", cwd=tmp_path)
+    assert done.returncode != 0
+    assert all(machine in done.stderr for machine in MACHINES)
