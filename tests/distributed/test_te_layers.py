@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from launch import ROOT, run_tool
-from test_te_kernel import RELEASES, signature
+from te_releases import RELEASES, signature
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,15 @@
 tests/data/te_signatures.json is written by tools/te_signatures.py from the releases' own sources.
 """
 
-import inspect
-import json
 import sys
 
 import pytest
 import torch
 from launch import ROOT
 from oracle import SHAPES, inputs, reference
+from te_releases import RELEASES, signature
 
 from nemo_star.kernels.te import TEKernel
-
-RELEASES = json.loads((ROOT / "tests/data/te_signatures.json").read_text())
 
 
 @pytest.fixture
@@ -105,14 +102,3 @@ def test_the_signatures_are_those_of_the_supported_range():
     assert minors[0] == (2, 9)
     assert minors[-1] >= (2, 20)
     assert len(minors) >= 6
-
-
-def signature(parameters):
-    """An inspect.Signature of recorded parameters."""
-    kinds = inspect.Parameter
-    return inspect.Signature(
-        [
-            kinds(name, getattr(kinds, kind), default=None if optional else kinds.empty)
-            for name, kind, optional in parameters
-        ]
-    )
