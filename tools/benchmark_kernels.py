@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nemo_star.config.generate import DTYPES
+from nemo_star.config.llm import DTYPES
 from nemo_star.runtime.files import check_target, write_whole
 from nemo_star.runtime.launch import run_as_tool
 from nemo_star.runtime.transformer_engine import prepare_imports

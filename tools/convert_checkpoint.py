@@ -7,7 +7,7 @@ python tools/convert_checkpoint.py export --source DIR --target HF_DIR
 import argparse
 from pathlib import Path
 
-from nemo_star.config.generate import DTYPES
+from nemo_star.config.llm import DTYPES
 from nemo_star.runtime.launch import run_as_tool
 from nemo_star.runtime.transformer_engine import prepare_imports
 

@@ -37,7 +37,7 @@ def make_row(tokenizer: Tokenizer, tokens: int, needles: int, seed: str) -> dict
     """One question about a document that is as long as `tokens` allows."""
     rng = random.Random(seed)
     document = fit_document(
-        rng, tokens=tokens - 1, needles=needles, count_tokens=lambda text: len(tokenizer.encode(".", text)[1])
+        rng, tokens=tokens - 1, needles=needles, count_tokens=lambda text: len(tokenizer.encode_query(text))
     )
     key = rng.choice(list(document.needles))
     return {"context": document.text, "query": question(key), "outputs": [document.needles[key]]}

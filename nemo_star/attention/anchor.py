@@ -9,6 +9,7 @@ takes part in each, in the order of the layers.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,13 @@ class SharedAnchor:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, shape: KVShape, *, tokens: int, layer_numbers: list[int], blocks_left: int
+        self, group: dist.ProcessGroup, shape: KVShape, *, tokens: int, layer_numbers: Sequence[int], blocks_left: int
     ) -> None:
         self.tokens = tokens
         self.waited_seconds = 0.0
         self._group = group
         self._shape = shape
-        self._layers = layer_numbers
+        self._layers = list(layer_numbers)
         self._uses = dict.fromkeys(layer_numbers, blocks_left)
         self._kv: dict[int, Tensor] = {}
         self._works: dict[int, dist.Work] = {}

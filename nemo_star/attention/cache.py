@@ -1,4 +1,4 @@
-"""Keys and values of this rank, layer by layer.
+"""Keys and values on this rank, layer by layer.
 
 A layer's K and V lie in one buffer each, seen as [capacity, b, ng, hn], so that appending is one copy and reading is a
 view. On CPU the tokens of a group lie one behind the other, which is the order in which decode attention reads them.
@@ -34,15 +34,16 @@ class _Layer:
 
 
 class KVCache:
-    """Append-only K/V storage of one request, with a roll back to an earlier length.
+    """Append-only K/V of one context, or of one sequence's own tokens, with a roll back to an earlier length.
 
     Args:
         dtype: stored type; None keeps the type of the first K appended.
+        capacity: tokens to allocate for, by `reserve` or when a layer is first appended to; past it buffers are copied.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, *, capacity: int = 0) -> None:
         self.dtype = dtype
-        self._capacity = 0
+        self._capacity = capacity
         self._layers: dict[int, _Layer] = {}
 
     @property
@@ -52,37 +53,23 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers of this rank; 0 while it has no room."""
+        """Bytes that one token takes over all layers of this rank; 0 while nothing is allocated."""
         return sum(2 * layer.k[0].nbytes for layer in self._layers.values() if layer.k.shape[0])
 
-    def reset(self, capacity: int) -> None:
-        """Forget everything; room for `capacity` tokens is taken by `reserve`, or when a layer is first appended to.
-
-        A buffer that is large enough stays; a smaller one would be copied as it grows.
-        """
-        self._capacity = capacity
-        self._layers = {number: layer for number, layer in self._layers.items() if layer.k.shape[0] >= capacity}
-        for layer in self._layers.values():
-            layer.tokens = 0
-
     def reserve(self, layer_numbers: Iterable[int], shape: KVShape) -> None:
-        """Take the room of these layers now. Taken one by one during prefill, it would come to lie between buffers that
-        are freed soon, and keep an allocator from giving their memory back."""
+        """Allocate these layers now. Taken one by one during prefill, they would come to lie between buffers that are
+        freed soon, and keep an allocator from giving their memory back."""
         like = torch.empty(0, shape.batch, shape.groups, shape.channels, dtype=shape.dtype, device=shape.device)
         for number in layer_numbers:
             if number not in self._layers:
                 self._layers[number] = self._grown(None, like, 0, self._capacity)
-
-    def release(self) -> None:
-        """Forget everything, and give the memory back."""
-        self._layers = {}
 
     def append(self, layer_number: int, k: Tensor, v: Tensor) -> None:
         """Copy k, v [tokens, b, ng, hn] behind what the layer holds."""
         layer = self._layers.get(layer_number)
         start = layer.tokens if layer else 0
         stop = start + k.shape[0]
-        if layer is None or stop > layer.k.shape[0] or layer.k.shape[1:] != k.shape[1:]:
+        if layer is None or stop > layer.k.shape[0]:
             # Past the plan it grows by an eighth, so that appending stays cheap.
             capacity = max(stop, self._capacity) if start == 0 else stop + stop // 8
             layer = self._layers[layer_number] = self._grown(layer, k, start, capacity)

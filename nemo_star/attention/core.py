@@ -1,57 +1,35 @@
-"""The socket of Megatron's layer spec: what every attention kind shares.
+"""The socket of Megatron's layer spec: what every attention method shares.
 
-A kind is a `CoreAttention` with its own `prefill`. Decode is the same for all kinds, because all leave the context's
-K/V sharded over the cp ranks: every rank attends to the keys it holds, the results are merged by log-sum-exp.
+A method is a `CoreAttention` with its own `prefill`. Decode is the same for all, because all leave the context's K/V
+sharded over the cp ranks: every rank attends to the keys it holds, the results are merged by log-sum-exp.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_star.attention.anchor import SharedAnchor
-from nemo_star.attention.cache import KVCache
+from nemo_star.attention.cache import KVCache, KVShape
 from nemo_star.attention.merge import merge_over_group
-from nemo_star.kernels.registry import Kernel
-from nemo_star.methods.partition import Block, Partition
+from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep
+from nemo_star.methods.method import Method
+from nemo_star.methods.partition import Partition
 
-
-@dataclass
-class AttentionState:
-    """What the attention layers of one model share, and the engine steers.
-
-    It reaches the layers through their constructor (`functools.partial` in the layer spec), not through the
-    TransformerConfig, which Megatron may copy.
-    """
-
-    cache: KVCache
-    kernel: Kernel
-    """Computes in the model's type: prefill."""
-    decode_kernel: Kernel
-    """Computes in the cache's type."""
-    cp_group: dist.ProcessGroup
-    partition: Partition | None = None
-    """How the context in prefill is dealt out; exact kinds exchange K/V or heads by it."""
-    anchor: SharedAnchor | None = None
-    """Star with `anchor=shared`: the anchor's K/V while the context is in prefill."""
-    block: Block | None = None
-    """The block that prefill is encoding; None means decode."""
-    decode_group: dist.ProcessGroup | None = None
-    """tp x cp, whose ranks share the work of a token (`decode_sharding.py`); None: every cp rank does all of it."""
-    caches_new_tokens: bool = True
-    """Decode: K/V of the tokens in flight are cached on this rank (on exactly one rank of the cp group)."""
+Partial = tuple[Tensor, Tensor]
+"""out [sq, b, np, hn] and lse [sq, b, np], float32: attention over a part of the keys."""
 
 
 class CoreAttention(nn.Module):
     """Megatron's `core_attention`: q [sq, b, np, hn], k and v [sk, b, ng, hn] -> [sq, b, np * hn].
 
     K arrives rotated. Masks, biases and packed sequences of the caller are not used: what a token sees follows from the
-    phase alone.
+    step alone.
     """
 
     def __init__(
@@ -69,22 +47,57 @@ class CoreAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, **_: Any) -> Tensor:
-        block = self.state.block
-        out = self.decode(q, k, v) if block is None else self.prefill(q, k, v, block)
+        step = self.state.step
+        assert step is not None, "the engine sets the step before each forward pass"
+        out = self.prefill(q, k, v, step) if isinstance(step, PrefillStep) else self.decode(q, k, v, step)
         return out.flatten(start_dim=2)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        """Attend within the context; cache K/V of this rank's share. Returns [sq, b, np, hn]."""
+    @classmethod
+    def handover(
+        cls,
+        method: Method,
+        partition: Partition,
+        group: dist.ProcessGroup,
+        *,
+        shape: KVShape,
+        layer_numbers: Sequence[int],
+    ) -> Handover | None:
+        """What one prefill hands between the ranks of the cp group, or from block to block; None: nothing that lasts.
+
+        Args:
+            shape: of a layer's K on this rank.
+            layer_numbers: of this pipeline stage.
+        """
+        return None
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        """Attend within the context; cache K/V of the block's own tokens. Returns [sq, b, np, hn]."""
         raise NotImplementedError
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend to every cached token on every cp rank, and causally to the new tokens (paper section 2.2)."""
-        state = self.state
-        if state.caches_new_tokens:
-            state.cache.append(self.layer_number, k, v)
-        cached = state.cache.get(self.layer_number)
-        keys, values = cached if cached is not None else (k[:0], v[:0])
-        out, lse = state.decode_kernel.decode(
-            q.to(keys.dtype), keys, values, self.scale, causal=state.caches_new_tokens
-        )
-        return merge_over_group(out, lse, state.cp_group).to(q.dtype)
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: DecodeStep) -> Tensor:
+        """Attend to every cached token of the context on every cp rank, and causally to the sequence's own (paper
+        section 2.2). Returns [sq, b, np, hn]."""
+        over_context, over_own = [], []
+        for rows in step.sequences:
+            mine = slice(rows.start, rows.stop)
+            if rows.caches_own:
+                rows.own.append(self.layer_number, k[mine], v[mine])
+            over_context.append(self._attend(q[mine], rows.context, k, causal=False))
+            over_own.append(self._attend(q[mine], rows.own, k, causal=rows.caches_own))
+        partials = [_joined(over_context), _joined(over_own)]
+        outs, lses = (torch.stack(tensors) for tensors in zip(*partials, strict=True))
+        return merge_over_group(outs, lses, self.state.cp_group).to(q.dtype)
+
+    def _attend(self, q: Tensor, cache: KVCache, like: Tensor, *, causal: bool) -> Partial:
+        """Over what one cache holds of this layer; without any key out 0, lse -inf."""
+        cached = cache.get(self.layer_number)
+        keys, values = cached if cached is not None else (like[:0], like[:0])
+        return self.state.decode_kernel.decode(q.to(keys.dtype), keys, values, self.scale, causal)
+
+
+def _joined(partials: list[Partial]) -> Partial:
+    """Of sequences one after the other."""
+    if len(partials) == 1:
+        return partials[0]
+    outs, lses = zip(*partials, strict=True)
+    return torch.cat(outs), torch.cat(lses)

@@ -1,16 +1,16 @@
-"""Dense attention: the whole context is one block; exact, and the yardstick of the other kinds."""
+"""Dense attention: the whole context is one block; exact, and the yardstick of the other methods."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.methods.partition import Block
+from nemo_star.attention.step import PrefillStep
 
 
 class DenseAttention(CoreAttention):
     """Causal attention over the whole context on one rank."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        self.state.cache.append(self.layer_number, k, v)
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        step.cache.append(self.layer_number, k, v)
         return self.state.kernel.prefill(q, k, v, self.scale)

@@ -10,17 +10,17 @@ from nemo_star.kernels.merge import merge_partials
 from nemo_star.parallel.groups import all_gather
 
 
-def merge_over_group(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Merge every rank's partial result over the keys it holds; one all-gather, the same bits on every rank.
+def merge_over_group(outs: Tensor, lses: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Merge every rank's partial results over the keys it holds; one all-gather, the same bits on every rank.
 
     Args:
-        out: [sq, b, np, hn], float32.
-        lse: [sq, b, np], float32, -inf on a rank without keys.
+        outs: [partials, sq, b, np, hn], float32.
+        lses: [partials, sq, b, np], float32, -inf where a partial has no keys.
 
     Returns:
         [sq, b, np, hn], float32.
     """
-    if group.size() == 1:
-        return out
-    parts = all_gather(torch.cat((out, lse.unsqueeze(-1)), dim=-1), group)
-    return merge_partials(parts[..., :-1], parts[..., -1])[0]
+    if group.size() > 1:
+        gathered = all_gather(torch.cat((outs, lses.unsqueeze(-1)), dim=-1), group).flatten(0, 1)
+        outs, lses = gathered[..., :-1], gathered[..., -1]
+    return merge_partials(outs, lses)[0]

@@ -1,6 +1,6 @@
-"""Ring attention: exact, K/V travel round the cp ranks (arXiv 2310.01889), load-balanced by zigzag pieces.
+"""Ring attention: exact, K/V travel round the cp ranks (arXiv 2310.01889), load-balanced by zigzag spans.
 
-Rank r holds pieces r and 2 * cp - 1 - r of the context. In step i it has the K/V of rank r - i, attends to the part of
+Rank r holds spans r and 2 * cp - 1 - r of the context. In turn i it has the K/V of rank r - i, attends to the part of
 them that its tokens may see, and passes them on; sending and receiving run while it computes. Partial results are
 merged by log-sum-exp. What stays cached is the rank's own K/V, so decode is every kind's.
 """
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
+from nemo_star.attention.step import PrefillStep
 from nemo_star.kernels.merge import merge_partials
 from nemo_star.methods.partition import Block
 
@@ -21,24 +22,22 @@ from nemo_star.methods.partition import Block
 class RingAttention(CoreAttention):
     """Exact causal attention over the whole context, sharded in zigzag."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        self.state.cache.append(self.layer_number, k, v)
-        group = self.state.cp_group
-        partition = self.state.partition
-        assert partition is not None
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        step.cache.append(self.layer_number, k, v)
+        group, partition = self.state.cp_group, step.partition
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
         kv = torch.stack((k, v))
-        for step in range(group.size()):
-            source, following = ((group.rank() - step - ahead) % group.size() for ahead in (0, 1))
+        for turn in range(group.size()):
+            source, following = ((group.rank() - turn - ahead) % group.size() for ahead in (0, 1))
             arriving, works = kv, []
-            if step < group.size() - 1:
+            if turn < group.size() - 1:
                 arriving = kv.new_empty(2, partition.tokens_of(following), *kv.shape[2:])
                 works = self._pass_on(kv, arriving)
-            for rows, keys, causal in visible_parts(block, partition.ranks[source][0]):
-                part = self.state.kernel.decode(q[rows], kv[0, keys], kv[1, keys], self.scale, causal)
+            for rows, keys, causal in visible_spans(step.block, partition.ranks[source][0]):
+                partial = self.state.kernel.decode(q[rows], kv[0, keys], kv[1, keys], self.scale, causal)
                 out[rows], lse[rows] = merge_partials(
-                    torch.stack((out[rows], part[0])), torch.stack((lse[rows], part[1]))
+                    torch.stack((out[rows], partial[0])), torch.stack((lse[rows], partial[1]))
                 )
             for work in works:
                 work.wait()
@@ -57,22 +56,22 @@ class RingAttention(CoreAttention):
         return dist.batch_isend_irecv(operations) if operations else []
 
 
-def visible_parts(queries: Block, keys: Block) -> list[tuple[slice, slice, bool]]:
+def visible_spans(queries: Block, keys: Block) -> list[tuple[slice, slice, bool]]:
     """Which rows of one rank's queries see which rows of a rank's K/V: (query rows, key rows, causal).
 
-    Both blocks' pieces are in order, so a query piece sees the key pieces up to itself, a prefix; where it meets itself
-    attention is causal, aligned to the bottom right. Neighbouring query pieces that see the same prefix go together.
+    Both blocks' spans are in order, so a span of queries sees the spans of keys up to itself, a prefix; where it meets
+    itself attention is causal, aligned to the bottom right. Neighbours that see the same prefix go together.
     """
-    parts = []
+    seen_by = []
     row = 0
-    for start, stop in queries.pieces:
-        seen = sum(end - begin for begin, end in keys.pieces if begin <= start and end <= stop)
-        causal = (start, stop) in keys.pieces
+    for start, stop in queries.spans:
+        seen = sum(end - begin for begin, end in keys.spans if begin <= start and end <= stop)
+        causal = (start, stop) in keys.spans
         if stop > start and seen:
-            parts.append((row, row + stop - start, seen, causal))
+            seen_by.append((row, row + stop - start, seen, causal))
         row += stop - start
     grouped = []
-    for (seen, causal), run in groupby(parts, key=lambda part: part[2:]):
+    for (seen, causal), run in groupby(seen_by, key=lambda rows: rows[2:]):
         if causal:
             grouped += [(slice(first, last), slice(0, seen), True) for first, last, *_ in run]
         else:

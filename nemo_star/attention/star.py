@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from nemo_star.attention.anchor import SharedAnchor
+from nemo_star.attention.cache import KVShape
 from nemo_star.attention.core import CoreAttention
-from nemo_star.methods.partition import Block
+from nemo_star.attention.step import Handover, PrefillStep
+from nemo_star.methods.method import Method
+from nemo_star.methods.partition import Partition
+from nemo_star.methods.star import Star
 
 
 class StarAttention(CoreAttention):
@@ -17,14 +25,36 @@ class StarAttention(CoreAttention):
     (`anchor=shared`: only the block's tokens are in flight).
     """
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        state = self.state
-        recomputed = k.shape[0] - block.tokens
-        state.cache.append(self.layer_number, k[recomputed:], v[recomputed:])
-        if state.anchor is not None:
-            if block.index == 0:
-                state.anchor.give(self.layer_number, k, v)
+    @classmethod
+    def handover(
+        cls,
+        method: Method,
+        partition: Partition,
+        group: dist.ProcessGroup,
+        *,
+        shape: KVShape,
+        layer_numbers: Sequence[int],
+    ) -> Handover | None:
+        """The anchor's K/V, where later blocks want them; None where each computes its own."""
+        assert isinstance(method, Star)
+        anchor_size = method.sizes(partition.context_tokens)[1]
+        if not method.shares_anchor or anchor_size == 0 or partition.num_blocks == 1:
+            return None
+        return SharedAnchor(
+            group,
+            shape,
+            tokens=anchor_size,
+            layer_numbers=layer_numbers,
+            blocks_left=sum(block.index > 0 for block in partition.ranks[group.rank()]),
+        )
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        recomputed = k.shape[0] - step.block.tokens
+        step.cache.append(self.layer_number, k[recomputed:], v[recomputed:])
+        if isinstance(step.handover, SharedAnchor):
+            if step.block.index == 0:
+                step.handover.give(self.layer_number, k, v)
             else:
-                anchor_k, anchor_v = state.anchor.take(self.layer_number)
+                anchor_k, anchor_v = step.handover.take(self.layer_number)
                 k, v = torch.cat((anchor_k, k)), torch.cat((anchor_v, v))
-        return state.kernel.prefill(q, k, v, self.scale)
+        return self.state.kernel.prefill(q, k, v, self.scale)

@@ -1,8 +1,8 @@
 """DeepSpeed-Ulysses: exact, heads instead of sequence by all-to-all (arXiv 2309.14509).
 
-Each cp rank holds a contiguous piece of the context with all heads. For attention an all-to-all gives it the whole
+Each cp rank holds a contiguous span of the context with all heads. For attention an all-to-all gives it the whole
 sequence of a share of the query heads, with the KV heads these need; a second one brings the output back. What stays
-cached is the rank's own piece with all KV heads, so decode is every kind's.
+cached is the rank's own span with all KV heads, so decode is every kind's.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
-from nemo_star.methods.partition import Block
+from nemo_star.attention.step import PrefillStep
+from nemo_star.methods.partition import Partition
 
 
 class UlyssesAttention(CoreAttention):
     """Exact causal attention over the whole context, sharded over heads."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        self.state.cache.append(self.layer_number, k, v)
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        step.cache.append(self.layer_number, k, v)
         cp_size = self.state.cp_group.size()
         heads = [_share(q.shape[2], rank, cp_size) for rank in range(cp_size)]
         groups = [_share(k.shape[2], rank, cp_size) for rank in range(cp_size)]
-        whole_q = self._to_heads(q, heads)
-        whole_k, whole_v = self._to_heads(k, groups), self._to_heads(v, groups)
-        return self._to_sequence(self.state.kernel.prefill(whole_q, whole_k, whole_v, self.scale), q.shape[0])
+        whole_q = self._to_heads(q, heads, step.partition)
+        whole_k, whole_v = (self._to_heads(x, groups, step.partition) for x in (k, v))
+        out = self.state.kernel.prefill(whole_q, whole_k, whole_v, self.scale)
+        return self._to_sequence(out, q.shape[0], step.partition)
 
-    def _to_heads(self, x: Tensor, heads: list[slice]) -> Tensor:
+    def _to_heads(self, x: Tensor, heads: list[slice], partition: Partition) -> Tensor:
         """[tokens of this rank, b, heads, hn] -> [all tokens, b, this rank's heads, hn]."""
-        group, partition = self.state.cp_group, self.state.partition
-        assert partition is not None
-        parts = [x[:, :, share].reshape(-1) for share in heads]
+        group = self.state.cp_group
+        sent = [x[:, :, share].reshape(-1) for share in heads]
         mine = heads[group.rank()]
         shape = (x.shape[1], mine.stop - mine.start, x.shape[3])
         row = shape[0] * shape[1] * shape[2]
         received = x.new_empty(partition.context_tokens * row)
         dist.all_to_all_single(
             received,
-            torch.cat(parts),
+            torch.cat(sent),
             output_split_sizes=[partition.tokens_of(rank) * row for rank in range(group.size())],
-            input_split_sizes=[part.numel() for part in parts],
+            input_split_sizes=[part.numel() for part in sent],
             group=group,
         )
         return received.view(partition.context_tokens, *shape)
 
-    def _to_sequence(self, out: Tensor, tokens: int) -> Tensor:
+    def _to_sequence(self, out: Tensor, tokens: int, partition: Partition) -> Tensor:
         """[all tokens, b, this rank's heads, hn] -> [tokens of this rank, b, heads, hn]."""
-        group, partition = self.state.cp_group, self.state.partition
-        assert partition is not None
+        group = self.state.cp_group
         row = out[0].numel()
         received = out.new_empty(group.size() * tokens * row)
         dist.all_to_all_single(

@@ -1,4 +1,4 @@
-"""What is compared: kinds of attention in our engine, and transformers' own generation, on the same random weights."""
+"""What is compared: attention methods in our engine, and transformers' own generation, on the same random weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nemo_star.attention import AttentionState
-from nemo_star.attention.cache import KVCache
+from nemo_star.attention.step import AttentionState
 from nemo_star.benchmarking.probe import time_cache_reads
-from nemo_star.config.benchmark import BenchmarkConfig, KindToCompare
+from nemo_star.config.benchmark import TRANSFORMERS, BenchmarkConfig
+from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
-from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.partition import PARTITIONS
+from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model, build_rotary
 from nemo_star.models.decode_sharding import install
 from nemo_star.models.stage import Stage
-from nemo_star.parallel.decode_slices import Part, sliced_parts, weight_elements_read
+from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
 from nemo_star.parallel.groups import Groups
 from nemo_star.parallel.layout import Layout, check_layout
 from nemo_star.planning.flops import prefill_flops
@@ -35,19 +34,21 @@ from nemo_star.runtime.memory import peak_memory_bytes, reset_peak_memory
 
 QUERY = [1]
 ALONE = Layout(tp=1, cp=1, dp=1, pp=1)
+DENSE = "dense"
+"""What transformers is compared as: it runs on one rank with all cores."""
 
 Weights = dict[str, torch.Tensor]
 """Parameters by name, of one rank's part of the model."""
 
 
 class Contender(Protocol):
-    """One kind to measure, on every rank; a rank that does not take part gives no sample."""
+    """One candidate to measure, on every rank; a rank that does not take part gives no sample."""
 
-    kind: KindToCompare
-    attention: AttentionConfig
+    candidate: Candidate
+    method: Method
     layout: Layout
     dtype: torch.dtype
-    sliced: frozenset[Part]
+    sliced: frozenset[Sliced]
     """What decode divides over cp; nothing: replicated."""
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
@@ -56,13 +57,13 @@ class Contender(Protocol):
 
 @dataclasses.dataclass
 class OnEngine:
-    """A kind of attention in our engine."""
+    """An attention method in our engine."""
 
-    kind: KindToCompare
-    attention: AttentionConfig
+    candidate: Candidate
+    method: Method
     layout: Layout
     dtype: torch.dtype
-    sliced: frozenset[Part]
+    sliced: frozenset[Sliced]
     engine: Engine | None
     """None on a rank that only waits (dense runs on rank 0)."""
 
@@ -70,26 +71,24 @@ class OnEngine:
         engine = self.engine
         if engine is None:
             return None
-        cache = engine.state.cache
         with all_cores(self.layout == ALONE and engine.device.type == "cpu"):
             reset_peak_memory(engine.device)
-            engine.encode_context(context, new_tokens=decode_tokens + 1)
-            prefill = engine.prefill_report()
-            kv_bytes = cache.bytes_per_token * cache.tokens
+            encoded = engine.encode(context)
+            prefill = engine.prefill_report(encoded)
+            kv_bytes = encoded.cache.bytes_per_token * encoded.cache.tokens
             marks = []
             for _ in engine.generate(
-                QUERY, tokens_to_generate=decode_tokens + 1, choose=lambda logits: (int(logits.argmax()), False)
+                encoded, QUERY, max_tokens=decode_tokens + 1, choose=lambda logits: (int(logits.argmax()), False)
             ):
                 marks.append(time.perf_counter())
             peak = peak_memory_bytes(engine.device)
-            reads = time_cache_reads(engine)
-        cache.release()
+            reads = time_cache_reads(engine, encoded)
         return {
             "prefill_seconds": prefill.seconds,
             "decode_seconds_per_token": median_step(marks),
             "kv_bytes_per_rank": kv_bytes,
             "peak_memory_bytes": peak,
-            "anchor_wait_seconds": engine.anchor_wait_seconds,
+            "anchor_wait_seconds": encoded.waited_seconds,
             **reads,
         }
 
@@ -98,11 +97,11 @@ class OnEngine:
 class OnTransformers:
     """Hugging Face's `generate` on rank 0 with all cores, from a copy of the weights made for each sample."""
 
-    kind: KindToCompare
-    attention: AttentionConfig
+    candidate: Candidate
+    method: Method
     layout: Layout
     dtype: torch.dtype
-    sliced: frozenset[Part]
+    sliced: frozenset[Sliced]
     model: ModelConfig
     weights: Weights | None
     """Whole, or None on a rank that only waits."""
@@ -131,35 +130,34 @@ class OnTransformers:
 def build_contenders(
     config: BenchmarkConfig, model: ModelConfig, shared: tuple[Layout, Groups], alone: Groups
 ) -> list[Contender]:
-    """All kinds of `config.compare`; those of one layout share their weights (with tp or pp, each rank draws its own
-    part from the same seed, so that dense and transformers then run on other weights of the same kind).
+    """All candidates of `config.compare`; those of one layout share their weights (with tp or pp, each rank draws its
+    own from the same seed, so that dense and transformers then run on other weights of the same distribution).
 
     Args:
-        shared: layout and groups of the kinds that run on all ranks.
+        shared: layout and groups of the methods that share a context.
         alone: groups in which each rank is by itself, for what runs on rank 0.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     drawn: dict[Layout, Weights] = {}
     contenders: list[Contender] = []
-    for kind in config.kinds:
-        single = kind.attention in ("dense", "transformers")
-        place = (ALONE, alone) if single else shared
+    for candidate in config.candidates:
+        # transformers runs as dense does, and on its weights.
+        ours = Candidate.parse(DENSE) if candidate.kind == TRANSFORMERS else candidate
+        method = ours.method(config.attention)
+        place = shared if method.shares_context else (ALONE, alone)
         layout = place[0]
-        name = "dense" if single else kind.attention
-        changes: dict[str, Any] = {"kind": name, "anchor": kind.anchor or config.attention.anchor}
-        attention = dataclasses.replace(config.attention, **changes)
-        check_layout(model, layout, name)
-        decode = kind.decode or config.parallel.decode
-        sliced = sliced_parts(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
+        check_layout(model, layout, method)
+        decode = candidate.decode or config.parallel.decode
+        sliced = sliced_matrices(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
         engine = None
-        if not single or dist.get_rank() == 0:
+        if method.shares_context or dist.get_rank() == 0:
             divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
             engine = _engine(
-                attention, model, place, drawn, dtype=dtype, device=device, sliced=sliced, sequence_parallel=divided
+                method, model, place, drawn, dtype=dtype, device=device, sliced=sliced, sequence_parallel=divided
             )
-        facts = (kind, attention, layout, dtype, sliced)
-        if kind.attention == "transformers":
+        facts = (candidate, method, layout, dtype, sliced)
+        if candidate.kind == TRANSFORMERS:
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
         else:
             contenders.append(OnEngine(*facts, engine))
@@ -167,22 +165,22 @@ def build_contenders(
 
 
 def _engine(
-    attention: AttentionConfig,
+    method: Method,
     model: ModelConfig,
     place: tuple[Layout, Groups],
     drawn: dict[Layout, Weights],
     *,
     dtype: torch.dtype,
     device: torch.device,
-    sliced: frozenset[Part],
+    sliced: frozenset[Sliced],
     sequence_parallel: bool,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     layout, groups = place
-    kernel = get_kernel(attention.kernel, device, dtype)
+    kernel = get_kernel(method.settings.kernel, device, dtype)
     decode_group = groups.collection.tp_cp if sliced else None
-    state = AttentionState(KVCache(dtype), kernel, kernel, groups.cp, decode_group=decode_group)
-    built = build_model(model, kind=attention.kind, state=state, groups=groups.collection, dtype=dtype, device=device)
+    state = AttentionState(kernel, kernel, groups.cp, decode_group)
+    built = build_model(model, method=method, state=state, groups=groups.collection, dtype=dtype, device=device)
     parts = dataclasses.replace(layout, cp=1)
     if parts not in drawn:
         _draw(built)
@@ -194,7 +192,7 @@ def _engine(
     stage = Stage(
         built, rotary, groups.pp, model.vocab_size, decode_group=decode_group, sequence_parallel=sequence_parallel
     )
-    return Engine(stage, state, groups, attention)
+    return Engine(stage, state, groups, method)
 
 
 def _draw(built: torch.nn.Module) -> None:
@@ -207,13 +205,12 @@ def _draw(built: torch.nn.Module) -> None:
 
 def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, Any]:
     """What a row tells that is counted, not measured."""
-    attention, layout = contender.attention, contender.layout
-    block_size, anchor_size = attention.sizes(tokens)
-    partition = PARTITIONS[attention.kind](tokens, block_size, anchor_size, layout.cp)
+    method, layout = contender.method, contender.layout
+    block_size, anchor_size = method.sizes(tokens)
     return {
         "block_size": block_size,
         "anchor_size": anchor_size,
-        "prefill_flops": prefill_flops(model, partition, attention),
+        "prefill_flops": prefill_flops(model, method, tokens, layout.cp),
         # Of a rank: all stages would be read by one token, a rank has one of them.
         "decode_weight_bytes": int(
             weight_elements_read(model, layout, contender.sliced) * contender.dtype.itemsize / layout.pp

@@ -9,20 +9,21 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
 
 ROUNDS = 9
 
 
-def time_cache_reads(engine: Engine) -> dict[str, float]:
-    """Seconds that one token's attention takes over all cached K/V of this rank, without exchange, and seconds that
-    reading the same bytes takes (a sum); all ranks at the same time, so that they share the memory as in decode, also
-    those that hold nothing."""
+def time_cache_reads(engine: Engine, context: EncodedContext) -> dict[str, float]:
+    """Seconds that one token's attention takes over all of a context's K/V on this rank, without exchange, and seconds
+    that reading the same bytes takes (a sum); all ranks at the same time, so that they share the memory as in decode,
+    also those that hold nothing."""
     state, stage = engine.state, engine.stage
     shape = stage.kv_shape
     heads = stage.model.config.num_attention_heads // stage.model.tp_group.size()
-    layers = [kv for number in stage.layer_numbers if (kv := state.cache.get(number)) is not None]
-    dtype = state.cache.dtype or shape.dtype
+    layers = [kv for number in stage.layer_numbers if (kv := context.cache.get(number)) is not None]
+    dtype = engine.cache_dtype
     q = torch.randn(1, shape.batch, heads, shape.channels, device=shape.device).to(dtype)
     scale = shape.channels**-0.5
 

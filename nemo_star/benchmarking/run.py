@@ -1,4 +1,4 @@
-"""`tools/benchmark.py`: kinds of attention on the same random weights, in turn in one process, so that ratios hold."""
+"""`tools/benchmark.py`: attention methods on the same random weights, in turn in one process, so that ratios hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from nemo_star.runtime.watchdog import Watchdog, watchdog_of_this_job
 
 def run(config: BenchmarkConfig) -> int:
     """Measure all kinds at all context lengths; print the table, write the rows, draw the plots."""
-    on_all = dataclasses.replace(config.attention, kind="star")
-    layout = plan_layout(config.parallel, kind=on_all.kind, world_size=environment_world_size())
+    layout = plan_layout(config.parallel, None, world_size=environment_world_size())
     if layout.dp > 1:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
     check_target("output", config.output, replace=config.overwrite)
@@ -50,10 +50,11 @@ def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> lis
     groups = create_groups(layout)
     alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
     build = functools.partial(build_contenders, config, model, (layout, groups), alone)
-    contenders = watchdog.patient(build, "drawing weights")()
+    with watchdog.suspended("drawing weights"):
+        contenders = build()
     for contender in contenders:
         if isinstance(contender, OnEngine) and contender.engine:
-            watchdog.follow(contender.engine.stage.model.decoder.layers)
+            watchdog.watch_layers(contender.engine.stage.model.decoder.layers)
     rows = []
     where = machine()
     for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
@@ -78,8 +79,8 @@ def _measure(
             dist.barrier()
             # transformers' layers tell the watchdog of no steps.
             own_pace = not isinstance(contender, OnEngine)
-            take = lambda of=contender: of.sample(context, config.decode_tokens)  # noqa: E731
-            sample = watchdog.patient(take, contender.kind.word)() if own_pace else take()
+            with watchdog.suspended(contender.candidate.word) if own_pace else nullcontext():
+                sample = contender.sample(context, config.decode_tokens)
             reports = [report for report in gather_objects(sample) if report is not None]
             if turn >= config.warm_up_rounds:
                 taken.append({key: max(report[key] for report in reports) for key in reports[0]})
@@ -87,11 +88,11 @@ def _measure(
 
 
 def _row(contender: Contender, samples: list[dict[str, Any]], tokens: int, model: ModelConfig) -> dict[str, Any]:
-    kind, layout = contender.kind, contender.layout
+    candidate, method, layout = contender.candidate, contender.method, contender.layout
     return {
-        "kind": kind.word,
-        "attention": kind.attention,
-        "anchor": contender.attention.anchor if kind.attention == "star" else None,
+        "kind": candidate.word,
+        "attention": candidate.kind,
+        "anchor": method.variant,
         "decode": "sharded" if contender.sliced else "replicated",
         "context_tokens": tokens,
         "tp": layout.tp,

@@ -5,36 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.parallel import ParallelConfig
-from nemo_star.methods.config import ATTENTION_KINDS, AttentionConfig
+from nemo_star.methods.config import AttentionConfig
 
-
-@dataclass(frozen=True)
-class KindToCompare:
-    """A word of `compare`: attention[:anchor][+decode:MODE], or transformers."""
-
-    word: str
-    attention: str
-    anchor: str | None
-    decode: str | None
-
-    @classmethod
-    def parse(cls, word: str) -> KindToCompare:
-        """Raises ValueError for a word that means nothing, with those that do."""
-        main, plus, mode = word.partition("+")
-        attention, colon, anchor = main.partition(":")
-        option, _, decode = mode.partition(":")
-        known = attention in (*ATTENTION_KINDS, "transformers")
-        right_anchor = not colon or (attention == "star" and anchor in ("shared", "recompute"))
-        right_decode = not plus or (option == "decode" and decode in ("replicated", "sharded"))
-        divisible = attention not in ("dense", "transformers") or not plus
-        if not (known and right_anchor and right_decode and divisible):
-            raise ValueError(
-                f"compare: {word!r} is unknown; known: star:shared, star:recompute, ring, ulysses, each with "
-                "+decode:sharded or +decode:replicated if wanted, and dense, transformers"
-            )
-        return cls(word, attention, anchor or None, decode or None)
+TRANSFORMERS = "transformers"
+"""Hugging Face's own generation on the same weights."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +21,13 @@ class BenchmarkConfig:
     model: ModelConfig
     output: str | None = None
     compare: tuple[str, ...] = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
-    """Kinds to run in turn: `attention[:anchor][+decode:sharded|replicated]`, or `transformers`."""
+    """What runs in turn: `attention[:anchor][+decode:sharded|replicated]`, or `transformers`."""
     context_tokens: tuple[int, ...] = (4096, 16384)
     decode_tokens: int = 8
     """Tokens generated after each prefill; their median time is taken."""
     repeats: int = 3
     warm_up_rounds: int = 1
-    """Rounds of all kinds at each context length before those that count."""
+    """Rounds of all at each context length before those that count."""
     plot: str | None = None
     """Folder for time.png, memory.png, speedup.png."""
     overwrite: bool = False
@@ -59,8 +36,8 @@ class BenchmarkConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        if len(set(self.kinds)) < len(self.compare):
-            raise ValueError(f"compare: a kind comes twice in {', '.join(self.compare)}")
+        if len(set(self.candidates)) < len(self.compare):
+            raise ValueError(f"compare: a word comes twice in {', '.join(self.compare)}")
         for key in ("compare", "context_tokens"):
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty: give at least one")
@@ -70,5 +47,7 @@ class BenchmarkConfig:
             raise ValueError(f"warm_up_rounds={self.warm_up_rounds} must be 0 or more")
 
     @property
-    def kinds(self) -> tuple[KindToCompare, ...]:
-        return tuple(map(KindToCompare.parse, self.compare))
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(
+            Candidate(word, TRANSFORMERS) if word == TRANSFORMERS else Candidate.parse(word) for word in self.compare
+        )

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from nemo_star.config.parallel import ParallelConfig
-from nemo_star.methods.config import AttentionConfig
-
-DTYPES = ("float32", "bfloat16", "float16")
-MIN_TEMPERATURE = 1e-3
-MOST_SEED = 2**62
+from nemo_star.config.llm import LLMConfig
+from nemo_star.config.sampling import MIN_TEMPERATURE, SamplingParams, check_choice
 
 
 @dataclass(frozen=True)
@@ -37,27 +32,27 @@ class InferenceConfig:
                 f"inference.temperature={self.temperature} must be {MIN_TEMPERATURE} or more; "
                 "for the likeliest token at every step: inference.greedy=true"
             )
-        if self.top_k < 0:
-            raise ValueError(f"inference.top_k={self.top_k} must be 0 (keep all) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"inference.top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.seed < MOST_SEED:
-            raise ValueError(f"inference.seed={self.seed} must be at least 0 and below {MOST_SEED}")
+        check_choice("inference.", top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         if "" in self.end_strings:
             raise ValueError("inference.end_strings holds an empty string, which would end every answer at once")
 
+    def sampling(self, index: int) -> SamplingParams:
+        """The same for the request of line `index`, in the words of the Python interface."""
+        return SamplingParams(
+            max_tokens=self.tokens_to_generate,
+            temperature=0.0 if self.greedy else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed + index,
+            stop=self.end_strings,
+            ignore_eos=self.ignore_eos,
+        )
+
 
 @dataclass(frozen=True)
-class CacheConfig:
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of cached keys and values; None: the model's."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(LLMConfig):
     """All keys of `tools/generate.py`; the recipes in `recipes/` set them."""
 
-    checkpoint: str | None = None
     context: str | None = None
     context_file: str | None = None
     query: str | None = None
@@ -67,20 +62,10 @@ class GenerateConfig:
     resume: bool = False
     overwrite: bool = False
     output_logits: str | None = None
-    chat_template: bool = False
-    """Wrap context and query in the tokenizer's chat template as one user message (instruct models)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ValueError(
-                "checkpoint is not set: give checkpoint=DIR, a directory made by tools/convert_checkpoint.py import"
-            )
+        super().__post_init__()
         if self.input is not None:
             single = [
                 name for name in ("context", "context_file", "query", "query_file") if getattr(self, name) is not None

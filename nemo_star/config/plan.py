@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from nemo_star.config.generate import CacheConfig
+from nemo_star.config.compare import Candidate
+from nemo_star.config.llm import CacheConfig
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.methods.config import AttentionConfig
-
-KINDS = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class PlanConfig:
     context_tokens: int = 131072
     world_size: int = 8
     """Ranks of the plan: tp * pp * cp of one replica. No process is started."""
-    compare: tuple[str, ...] = KINDS
-    """Kinds to plan, `attention[:anchor]`."""
+    compare: tuple[str, ...] = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
+    """What to plan: `attention[:anchor]`."""
     output: str | None = None
     overwrite: bool = False
     check: str | None = None
@@ -109,13 +108,19 @@ class PlanConfig:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
     def __post_init__(self) -> None:
-        for kind in self.compare:
-            if kind not in KINDS:
-                raise ValueError(f"compare: {kind!r} is unknown; known: {', '.join(KINDS)}")
+        for candidate in self.candidates:
+            if candidate.decode is not None:
+                raise ValueError(
+                    f"compare: {candidate.word!r}: give parallel.decode={candidate.decode}, for all of them"
+                )
         if not self.compare:
-            raise ValueError("compare is empty: give at least one kind")
+            raise ValueError("compare is empty: give at least one")
         for name in ("context_tokens", "world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.validate and self.check is not None:
             raise ValueError(f"validate=true and check={self.check} are two comparisons: ask for one of them")
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(map(Candidate.parse, self.compare))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_star.config.generate import InferenceConfig
+from nemo_star.config.sampling import SamplingParams
 
 
 class Sampler:
@@ -14,25 +14,25 @@ class Sampler:
     Sampling draws from a generator of its own on the CPU, so that a seed gives the same tokens on every device.
     """
 
-    def __init__(self, config: InferenceConfig, seed: int) -> None:
-        self.config = config
+    def __init__(self, params: SamplingParams, seed: int) -> None:
+        self.params = params
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
         """The chosen token id; logits [vocab] float32."""
-        if self.config.greedy:
+        if self.params.temperature == 0:
             return int(logits.argmax())
         probabilities = self.probabilities(logits.cpu())
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[vocab] float32 that sums to 1, 0 where top-k or top-p cut off; the likeliest token always stays."""
-        scaled = logits.float() / self.config.temperature
-        if 0 < self.config.top_k < scaled.numel():
-            threshold = scaled.topk(self.config.top_k).values[-1]
+        scaled = logits.float() / self.params.temperature
+        if 0 < self.params.top_k < scaled.numel():
+            threshold = scaled.topk(self.params.top_k).values[-1]
             scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
-        if self.config.top_p < 1.0:
+        if self.params.top_p < 1.0:
             ordered, order = torch.softmax(scaled, dim=-1).sort(descending=True)
             before = ordered.cumsum(dim=-1) - ordered
-            scaled[order[before >= self.config.top_p]] = float("-inf")
+            scaled[order[before >= self.params.top_p]] = float("-inf")
         return torch.softmax(scaled, dim=-1)

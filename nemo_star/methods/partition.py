@@ -5,25 +5,26 @@ A block is what one forward pass of a rank encodes. Position ids are those of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
-Piece = tuple[int, int]
+Span = tuple[int, int]
 """Tokens [start, stop) of the context."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of the context, in order, and how many anchor tokens their attention sees before them."""
+    """Spans of the context, in order, whose K/V the rank keeps, and what their attention sees of the context before
+    them beyond what the block itself holds (star: the anchor)."""
 
     index: int
-    pieces: tuple[Piece, ...]
-    anchor_size: int = 0
+    spans: tuple[Span, ...]
+    sees: tuple[Span, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return sum(stop - start for start, stop in self.pieces)
+        return length(self.spans)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Partition:
     """All blocks of one context, by the cp rank that encodes them and caches their K/V."""
 
     context_tokens: int
-    block_size: int
-    anchor_size: int
     ranks: tuple[tuple[Block, ...], ...]
 
     @property
@@ -43,56 +42,29 @@ class Partition:
         """Context tokens whose K/V the rank caches."""
         return sum(block.tokens for block in self.ranks[cp_rank])
 
-
-def star_partition(context_tokens: int, block_size: int, anchor_size: int, cp_size: int) -> Partition:
-    """Star Attention, phase 1 (arXiv 2411.17116, section 2.1).
-
-    Block 0 attends causally to itself, every later one to itself and to the anchor, the first `anchor_size` tokens of
-    block 0. Blocks are dealt out contiguously, the first ranks one more; a rank may have none.
-    """
-    if not 0 <= anchor_size <= block_size or block_size < 1:
-        raise ValueError(
-            f"anchor size {anchor_size} and block size {block_size} do not fit: "
-            "0 <= anchor <= block and block >= 1 token"
-        )
-    blocks = [
-        Block(index, ((start, min(start + block_size, context_tokens)),), anchor_size if index else 0)
-        for index, start in enumerate(range(0, context_tokens, block_size))
-    ]
-    bounds = shares(len(blocks), cp_size)
-    return Partition(
-        context_tokens, block_size, anchor_size, tuple(tuple(blocks[start:stop]) for start, stop in bounds)
-    )
+    @cached_property
+    def tokens_by_rank(self) -> list[int]:
+        return [self.tokens_of(rank) for rank in range(len(self.ranks))]
 
 
-def ring_partition(context_tokens: int, block_size: int, anchor_size: int, cp_size: int) -> Partition:
-    """Zigzag: of 2 * cp contiguous pieces rank r has pieces r and 2 * cp - 1 - r, so that causal work is balanced.
-
-    Pieces differ by at most one token and may be empty: nothing is padded.
-    """
-    pieces = shares(context_tokens, 2 * cp_size)
-    ranks = tuple((Block(rank, (pieces[rank], pieces[-1 - rank])),) for rank in range(cp_size))
-    return Partition(context_tokens, block_size, anchor_size, ranks)
+def length(spans: tuple[Span, ...]) -> int:
+    """Tokens of all spans."""
+    return sum(stop - start for start, stop in spans)
 
 
-def contiguous_partition(context_tokens: int, block_size: int, anchor_size: int, cp_size: int) -> Partition:
-    """One contiguous piece a rank, differing by at most one token: dense attention (one rank) and Ulysses."""
-    pieces = shares(context_tokens, cp_size)
-    ranks = tuple((Block(rank, (piece,)),) for rank, piece in enumerate(pieces))
-    return Partition(context_tokens, block_size, anchor_size, ranks)
-
-
-PARTITIONS: dict[str, Callable[[int, int, int, int], Partition]] = {
-    "star": star_partition,
-    "dense": contiguous_partition,
-    "ring": ring_partition,
-    "ulysses": contiguous_partition,
-}
-"""Attention kind -> (context tokens, block size, anchor size, cp size) -> partition."""
-
-
-def shares(total: int, parts: int) -> list[Piece]:
-    """`total` things in `parts` contiguous runs, the first ones one longer."""
-    share, extra = divmod(total, parts)
-    starts = [part * share + min(part, extra) for part in range(parts + 1)]
+def shares(total: int, count: int) -> list[Span]:
+    """`total` things in `count` contiguous runs, the first ones one longer."""
+    share, extra = divmod(total, count)
+    starts = [index * share + min(index, extra) for index in range(count + 1)]
     return list(pairwise(starts))
+
+
+def triangle(tokens: int) -> int:
+    """(query, key) pairs of causal attention of so many tokens to themselves."""
+    return tokens * (tokens + 1) // 2
+
+
+def contiguous(context_tokens: int, cp_size: int) -> Partition:
+    """One contiguous span a rank, differing by at most one token."""
+    spans = shares(context_tokens, cp_size)
+    return Partition(context_tokens, tuple((Block(rank, (span,)),) for rank, span in enumerate(spans)))

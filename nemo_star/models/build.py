@@ -16,8 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.nn import functional as F
 
-from nemo_star.attention import ATTENTION, AttentionState
+from nemo_star.attention.socket import attention_class
+from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.method import Method
+from nemo_star.methods.registry import method_of
 from nemo_star.models.layer_spec import gpt_layer_spec, implementation_for
 from nemo_star.models.rotary import PositionRotaryEmbedding
 
@@ -80,17 +84,17 @@ def transformer_config(
     )
 
 
-def star_layer_spec(config: TransformerConfig, state: AttentionState, kind: str = "star") -> ModuleSpec:
+def star_layer_spec(config: TransformerConfig, state: AttentionState, method: Method | None = None) -> ModuleSpec:
     """Megatron's GPT layer spec whose core attention is ours, for any GPTModel.
 
     Args:
         config: of the model that will be built from the spec.
         state: shared by all layers built from the spec, steered by the engine.
-        kind: star, dense, ring or ulysses.
+        method: how contexts are encoded; None: Star Attention with its defaults.
     """
     spec = gpt_layer_spec(config)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = functools.partial(ATTENTION[kind], state=state)
+    attention.core_attention = functools.partial(attention_class(method or method_of(AttentionConfig())), state=state)
     return spec
 
 
@@ -117,7 +121,7 @@ class StageGPTModel(GPTModel):
 def build_model(
     model: ModelConfig,
     *,
-    kind: str,
+    method: Method,
     state: AttentionState,
     groups: ProcessGroupCollection,
     dtype: torch.dtype,
@@ -128,7 +132,7 @@ def build_model(
     tp, pp_rank = groups.tp.size(), groups.pp.rank()
     built = StageGPTModel(
         config,
-        star_layer_spec(config, state, kind),
+        star_layer_spec(config, state, method),
         vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
         max_sequence_length=model.max_position_embeddings or 1,  # of position embeddings, which there are none of
         pre_process=pp_rank == 0,

@@ -20,10 +20,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_star.attention import AttentionState
+from nemo_star.attention.step import AttentionState, DecodeStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.methods.partition import shares
-from nemo_star.parallel.decode_slices import Part
+from nemo_star.parallel.decode_slices import Sliced
 
 
 def own_slice(size: int, group: dist.ProcessGroup, tp_size: int) -> slice:
@@ -50,7 +50,7 @@ class PhasedMLP(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden [s, b, h] -> (out [s, b, h], bias or None)."""
-        if self.state.block is None and self.state.decode_group is not None:
+        if isinstance(self.state.step, DecodeStep) and self.state.decode_group is not None:
             return self._slice(hidden, self.state.decode_group), None
         if hidden.shape[0] <= MLP_CHUNK_TOKENS:
             return self.mlp(hidden, *args, **kwargs)
@@ -107,7 +107,7 @@ class SlicedProjection(nn.Module):
     def forward(self, attended: Tensor) -> tuple[Tensor, Tensor | None]:
         """attended [s, b, np * hn] -> (out [s, b, h], bias or None)."""
         group = self.state.decode_group
-        if self.state.block is not None or group is None:
+        if not isinstance(self.state.step, DecodeStep) or group is None:
             return self.projection(attended)
         mine = own_slice(attended.shape[-1], group, self._tp_size)
         out = F.linear(attended[..., mine], self.projection.weight[:, mine])
@@ -115,14 +115,14 @@ class SlicedProjection(nn.Module):
         return out, None
 
 
-def install(model: GPTModel, state: AttentionState, sliced: frozenset[Part] = frozenset({"ffn"})) -> None:
+def install(model: GPTModel, state: AttentionState, sliced: frozenset[Sliced] = frozenset({"ffn"})) -> None:
     """Put the modules above into a GPTModel whose weights are loaded; `state.decode_group` turns slicing on.
 
     The parts of a built model are replaced, not those of its layer spec: how a spec names its MLP differs between
     Megatron's releases, and a checkpoint knows the parts by their original places.
 
     Args:
-        sliced: what sharded decode divides (`decode_slices.sliced_parts`).
+        sliced: what sharded decode divides (`decode_slices.sliced_matrices`).
     """
     for layer in model.decoder.layers:
         layer.mlp = PhasedMLP(layer.mlp, state)

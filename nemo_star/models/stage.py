@@ -78,22 +78,22 @@ class Stage:
         with self._sequence_parallel.over(input_ids.numel()):
             self._send_on(self._layers(input_ids, position_ids))
 
-    def next_token_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Logits [vocab] float32 after the last of input_ids [s]: on the last stage; None on the others."""
+    def decode(self, input_ids: Tensor, position_ids: Tensor, wanted: list[int]) -> Tensor | None:
+        """Logits [len(wanted), vocab] float32 after these of input_ids [s]: on the last stage; None on the others."""
         hidden = self._layers(input_ids, position_ids)
         if self.is_last:
-            return self._head(hidden[-1:])
+            return self._head(hidden[wanted])
         self._send_on(hidden)
         return None
 
-    def logits_to_first(self, logits: Tensor | None) -> Tensor:
-        """The last stage's logits [vocab] on the first one; to be called on these two."""
+    def logits_to_first(self, logits: Tensor | None, rows: int) -> Tensor:
+        """The last stage's logits [rows, vocab] on the first one; to be called on these two."""
         if self.is_last:
             assert logits is not None
             if not self.is_first:
                 dist.send(logits, group=self.group, group_dst=0)
             return logits
-        received = torch.empty(self.vocab_size, dtype=torch.float32, device=self.device)
+        received = torch.empty(rows, self.vocab_size, dtype=torch.float32, device=self.device)
         dist.recv(received, group=self.group, group_src=self.group.size() - 1)
         return received
 
@@ -121,29 +121,30 @@ class Stage:
             layer.self_attention.core_attention(q, k, v)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """hidden [1, b, h] -> logits [vocab] float32; those of all positions of a 128K block would be 34 GB."""
+        """hidden [rows, b, h] -> logits [rows, vocab] float32; those of all tokens of a 128K block would be 34 GB."""
         tied = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if tied else None
         if self.decode_group is not None:
             return self._divided_head(hidden, self.model.output_layer.weight if weight is None else weight)
-        logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten()  # [vocab / tp]
+        logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten(1)  # [rows, vocab / tp]
         if self.model.tp_group.size() > 1:
-            logits = all_gather(logits, self.model.tp_group).flatten()
-        return logits[: self.vocab_size]
+            logits = all_gather(logits, self.model.tp_group).transpose(0, 1).flatten(1)
+        return logits[:, : self.vocab_size].contiguous()
 
     def _divided_head(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The same from weight [vocab / tp, h] by rows: each cp rank the next ceil(rows / cp), the last ones fewer."""
+        """The same from weight [vocab / tp, h]: each cp rank the next ceil(1 / cp) of its rows, the last ones fewer."""
         assert self.decode_group is not None
         tp_size = self.model.tp_group.size()
         cp_size = self.decode_group.size() // tp_size
-        rows = weight.shape[0]
-        share = -(-rows // cp_size)
-        start = min(self.decode_group.rank() // tp_size * share, rows)
-        logits = hidden.new_zeros(share, dtype=torch.float32)
+        size, rows = weight.shape[0], hidden.shape[0]
+        share = -(-size // cp_size)
+        start = min(self.decode_group.rank() // tp_size * share, size)
+        logits = hidden.new_zeros(rows, share, dtype=torch.float32)
         mine = weight[start : start + share]
-        logits[: mine.shape[0]] = F.linear(hidden, mine).flatten()
-        by_tp = all_gather(logits, self.decode_group).view(cp_size, tp_size, share).transpose(0, 1)
-        return by_tp.reshape(tp_size, -1)[:, :rows].flatten()[: self.vocab_size]
+        logits[:, : mine.shape[0]] = F.linear(hidden, mine).flatten(1)
+        gathered = all_gather(logits, self.decode_group).view(cp_size, tp_size, rows, share)
+        by_tp = gathered.permute(2, 1, 0, 3).reshape(rows, tp_size, -1)[:, :, :size]
+        return by_tp.flatten(1)[:, : self.vocab_size].contiguous()
 
     def _receive(self, tokens: int) -> Tensor:
         """[s, b, h] from the stage before, whose token ids are known here too (s: of this rank's hidden states)."""

@@ -9,7 +9,7 @@ from typing import Literal
 from nemo_star.config.model import ModelConfig
 from nemo_star.parallel.layout import Layout
 
-Part = Literal["ffn", "projection", "head"]
+Sliced = Literal["ffn", "projection", "head"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ COSTS = {
 }
 
 
-def sliced_parts(
+def sliced_matrices(
     decode: str | None, model: ModelConfig, layout: Layout, *, itemsize: int, device_type: str
-) -> frozenset[Part]:
-    """The parts of which a cp rank computes its share only; none in replicated decode.
+) -> frozenset[Sliced]:
+    """The matrices of which a cp rank computes its share only; none in replicated decode.
 
     `sharded` divides the FFN and the head, and attention's output projection with tensor parallelism (no further
     collective) or where it gains. None divides where the FFN, and the projection, gain by it: an estimate from
@@ -46,7 +46,7 @@ def sliced_parts(
         return frozenset()
     elements = model.layer_matrices
     ffn, projection = (
-        _gains(elements[part] // layout.tp * itemsize, layout, device_type) for part in ("ffn", "projection")
+        _gains(elements[name] // layout.tp * itemsize, layout, device_type) for name in ("ffn", "projection")
     )
     if decode is None and not ffn:
         return frozenset()
@@ -67,8 +67,8 @@ def _depth(ranks: int) -> int:
     return math.ceil(math.log2(ranks))
 
 
-def weight_elements_read(model: ModelConfig, layout: Layout, sliced: frozenset[Part]) -> float:
+def weight_elements_read(model: ModelConfig, layout: Layout, sliced: frozenset[Sliced]) -> float:
     """Elements of all layers' matrices that one token reads on one tp rank, over all pipeline stages; not the head."""
     elements = model.layer_matrices
-    read = sum(size / (layout.cp if part in sliced else 1) for part, size in elements.items())
+    read = sum(size / (layout.cp if name in sliced else 1) for name, size in elements.items())
     return read * model.num_layers / layout.tp

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.parallel import ParallelConfig
+from nemo_star.methods.method import Method
+from nemo_star.methods.registry import known_kinds, method_class
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class Layout:
     pp: int
 
 
-def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout:
-    """The layout that `config` asks for on `world_size` ranks.
+def plan_layout(config: ParallelConfig, method: Method | None, *, world_size: int) -> Layout:
+    """The layout that `config` asks for on `world_size` ranks; `method` None: for any that can share a context.
 
     Raises:
-        ValueError: sizes that do not divide the world, or dense attention over several cp ranks.
+        ValueError: sizes that do not divide the world, or several cp ranks for a method that cannot share a context.
     """
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     if world_size % (tp * pp):
@@ -31,11 +33,12 @@ def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout
             f"* pipeline_model_parallel_size {pp} = {tp * pp}"
         )
     rest = world_size // (tp * pp)
-    cp = config.context_parallel_size or (1 if kind == "dense" else rest)
-    if kind == "dense" and cp > 1:
+    cp = config.context_parallel_size or (rest if method is None or method.shares_context else 1)
+    if method is not None and not method.shares_context and cp > 1:
+        exact = [kind for kind in known_kinds() if method_class(kind).exact and method_class(kind).shares_context]
         raise ValueError(
-            f"attention=dense runs on 1 context-parallel rank, not parallel.context_parallel_size={cp}: "
-            "the exact kinds that share a context over ranks are attention=ring and attention=ulysses"
+            f"attention={method.kind} runs on 1 context-parallel rank, not parallel.context_parallel_size={cp}: "
+            f"exact, and shared over ranks, are {' and '.join(f'attention={kind}' for kind in exact)}"
         )
     if rest % cp:
         raise ValueError(
@@ -45,8 +48,8 @@ def plan_layout(config: ParallelConfig, *, kind: str, world_size: int) -> Layout
     return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
 
 
-def check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
-    """Refuse a layout that the model does not divide by.
+def check_layout(model: ModelConfig, layout: Layout, method: Method | None) -> None:
+    """Refuse a layout that the model does not divide by, whatever the method (None), or with this one.
 
     Raises:
         ValueError: names both numbers.
@@ -62,23 +65,5 @@ def check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
             raise ValueError(f"the model's {name} {size} is not divisible by tensor_model_parallel_size {tp}")
     if model.num_layers < pp:
         raise ValueError(f"the model's {model.num_layers} layers do not fill pipeline_model_parallel_size {pp} stages")
-    if kind == "ulysses":
-        check_heads(model.num_attention_heads // tp, model.num_query_groups // tp, layout.cp)
-
-
-def check_heads(heads: int, groups: int, cp_size: int) -> None:
-    """Refuse head counts of one tensor-parallel rank that cp ranks cannot share in Ulysses attention.
-
-    Raises:
-        ValueError: names the numbers.
-    """
-    if heads % cp_size:
-        raise ValueError(
-            f"attention=ulysses: {heads} query heads per tensor-parallel rank are not divisible by "
-            f"context_parallel_size {cp_size}"
-        )
-    if groups % cp_size and cp_size % groups:
-        raise ValueError(
-            f"attention=ulysses: {groups} KV heads per tensor-parallel rank and context_parallel_size {cp_size}: "
-            "one must be a multiple of the other"
-        )
+    if method is not None:
+        method.check_heads(model.num_attention_heads // tp, model.num_query_groups // tp, layout.cp)

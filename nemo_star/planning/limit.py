@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nemo_star.planning.memory import kv_bytes, weight_elements
-from nemo_star.planning.work import Workload, tokens_by_rank
+from nemo_star.planning.work import Workload
 from nemo_star.runtime.memory import FreeMemory
 
 GIB = 2**30
@@ -39,7 +39,7 @@ class MemoryLimit:
     def _shortage(self, context_tokens: int, replica: int) -> str | None:
         """What is missing where, if the replica were to answer; None where all fits."""
         work, layout = dataclasses.replace(self._work, context_tokens=context_tokens), self._work.layout
-        tokens = tokens_by_rank(work) if context_tokens else [0] * layout.cp
+        tokens = work.tokens_by_rank if context_tokens else [0] * layout.cp
         weights: Counter[str] = Counter()
         kv: Counter[str] = Counter()
         free: dict[str, int] = {}
@@ -65,7 +65,7 @@ class MemoryLimit:
         ways = ["more tensor-, pipeline- or context-parallel ranks on further devices", "a smaller dtype"]
         if work.context_tokens:
             ways += ["cache.dtype=bfloat16"] if work.cache_bytes > 2 else []
-            if work.attention.kind == "star" and work.num_blocks < work.layout.cp:
+            if 0 in work.tokens_by_rank:
                 ways.append("a smaller attention.block_size, so that every rank has a block")
             ways.append("a shorter context")
         return f"what helps: {', '.join(ways)}"

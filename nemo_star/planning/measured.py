@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_star.config.plan import KINDS, PlanConfig
+from nemo_star.config.compare import Candidate
+from nemo_star.config.plan import PlanConfig
 from nemo_star.config.strict import parse
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.parallel.layout import Layout, check_layout
-from nemo_star.planning.memory import most_kv
+from nemo_star.planning.memory import max_kv
 from nemo_star.planning.plan import Row, row_of, workload
 from nemo_star.planning.time import Clock
 
@@ -40,34 +41,41 @@ def compare_rows(config: PlanConfig) -> list[dict[str, Any]]:
         raise ValueError(f"check={path} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"check={path} holds no list of rows of tools/benchmark.py")
-    compared = [_compared(row, number, config) for number, row in enumerate(rows, start=1) if _kind(row) in KINDS]
+    compared = [
+        _compared(row, number, candidate, config)
+        for number, row in enumerate(rows, start=1)
+        if (candidate := _candidate(row)) is not None
+    ]
     if not compared:
-        raise ValueError(f"check={path} holds no row of a kind that is planned: {', '.join(KINDS)}")
+        raise ValueError(f"check={path} holds no row of an attention method that can be planned")
     return compared
 
 
-def _kind(row: Row) -> str:
+def _candidate(row: Row) -> Candidate | None:
+    """The word of `compare` that a row measured; None for what cannot be planned (transformers)."""
     attention, anchor = row.get("attention"), row.get("anchor")
-    return f"{attention}:{anchor}" if attention == "star" else str(attention)
+    try:
+        return Candidate.parse(f"{attention}:{anchor}" if anchor else str(attention))
+    except ValueError:
+        return None
 
 
-def _compared(row: Row, number: int, config: PlanConfig) -> dict[str, Any]:
+def _compared(row: Row, number: int, candidate: Candidate, config: PlanConfig) -> dict[str, Any]:
     wrong = [name for name in (*_LAYOUT, *COMPARED) if not isinstance(row.get(name), int | float)]
     if wrong:
         raise ValueError(f"check={config.check}: row {number} lacks {', '.join(wrong)}")
     layout = Layout(tp=row["tp"], cp=row["cp"], dp=1, pp=row["pp"])
-    sizes = {name: row[name] for name in ("block_size", "anchor_size")} if row["attention"] == "star" else {}
-    attention = {"kind": row["attention"], **({"anchor": row["anchor"]} if row.get("anchor") else {}), **sizes}
+    sizes = {name: row[name] for name in ("block_size", "anchor_size")}
     run = dataclasses.replace(
         config,
         context_tokens=row["context_tokens"],
-        attention=parse(AttentionConfig, attention, prefix=f"row {number}: "),
+        attention=parse(AttentionConfig, sizes, prefix=f"row {number}: "),
         parallel=dataclasses.replace(config.parallel, decode=row.get("decode") or "replicated"),
     )
-    model = config.model
-    check_layout(model, layout, row["attention"])
-    work = workload(_kind(row), run, model, layout)
-    planned = {**row_of(_kind(row), work, Clock(config.machine, config.efficiency)), "kv_bytes_per_rank": most_kv(work)}
+    work = workload(candidate, run, config.model, layout)
+    check_layout(config.model, layout, work.method)
+    row_planned = row_of(candidate.word, work, Clock(config.machine, config.efficiency))
+    planned = {**row_planned, "kv_bytes_per_rank": max_kv(work)}
     if planned["prefill_flops"] != row["prefill_flops"]:
         raise ValueError(
             f"check={config.check}: row {number} counts {row['prefill_flops']} FLOPs in its prefill, the model given "

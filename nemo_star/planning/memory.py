@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.config.model import MLP_CHUNK_TOKENS, ModelConfig
-from nemo_star.planning.work import RankWork, Workload, most_in_flight, rank_work
+from nemo_star.planning.work import RankWork, Workload, max_in_flight, rank_work
 
 
 @dataclass(frozen=True)
@@ -61,47 +61,28 @@ def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
     return stage_layers(work.model.num_layers, work.layout.pp, stage) * tokens * 2 * kv * work.cache_bytes
 
 
-def most_kv(work: Workload) -> int:
+def max_kv(work: Workload) -> int:
     """Bytes of K and V on the rank that caches most."""
     return kv_bytes(work, 0, max(rank.tokens for rank in rank_work(work)))
 
 
 def activation_bytes(work: Workload, rank: RankWork) -> int:
-    """What the layer in flight keeps alive at its peak, and anchors that wait for later blocks. An estimate.
+    """What the layer in flight keeps alive at its peak, and what the method keeps for later blocks. An estimate.
 
     Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
     either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
     up projections, the activated gate and their product for a chunk of the tokens.
     """
-    query, kv = (width // work.layout.tp for width in (work.model.query_width, work.model.kv_width))
-    tokens, size = most_in_flight(work, rank), work.dtype_bytes
+    heads, size = work.heads, work.dtype_bytes
+    query, kv = int(heads.query), int(heads.kv)
+    tokens = max_in_flight(work, rank)
     hidden = 4 * work.model.hidden_size
-    attention = tokens * (hidden + 3 * query + 4 * kv) * size + _exchange_bytes(work, tokens, query, kv)
+    attention = tokens * (hidden + 3 * query + 4 * kv) * size
+    attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
     ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_hidden_size // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
-    return max(attention, ffn, head) + _anchor_bytes(work, rank, kv)
-
-
-def _exchange_bytes(work: Workload, tokens: int, query: int, kv: int) -> int:
-    """Buffers of the kinds that exchange K/V or heads, and an anchor joined to a block's keys."""
-    kind, size, float32 = work.attention.kind, work.dtype_bytes, 4
-    if kind == "ring" and work.layout.cp > 1:
-        # Own and arriving K/V; float32 results: so far, of a step, the two stacked.
-        return tokens * (4 * kv * size + 4 * query * float32)
-    if kind == "ulysses":  # what is sent and what has come, of queries (and of the output), keys and values
-        return 2 * tokens * (query + 2 * kv) * size
-    if kind == "star" and work.attention.anchor == "shared" and work.num_blocks > 1:
-        return 2 * (tokens + work.sizes[1]) * kv * size
-    return 0
-
-
-def _anchor_bytes(work: Workload, rank: RankWork, kv: int) -> int:
-    """Anchor K/V that a rank keeps: of every layer until its last block, else of the layer in flight and the next."""
-    if work.attention.kind != "star" or work.attention.anchor != "shared" or work.num_blocks == 1:
-        return 0
     layers = stage_layers(work.model.num_layers, work.layout.pp, 0)
-    kept = layers if rank.num_blocks > 1 else min(2, layers)
-    return kept * 2 * work.sizes[1] * kv * work.dtype_bytes
+    return max(attention, ffn, head) + int(work.method.kept_bytes(rank.share, heads, size, layers=layers))
 
 
 def _distinct_stages(pp: int) -> Sequence[int]:

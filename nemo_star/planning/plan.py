@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import PlanConfig
-from nemo_star.methods.config import MAX_DEFAULT_BLOCK_SIZE
 from nemo_star.parallel.layout import Layout, check_layout, plan_layout
 from nemo_star.planning.memory import fullest_rank
 from nemo_star.planning.time import Clock, decode_seconds, prefill_seconds
-from nemo_star.planning.work import Workload, total_flops, with_attention
+from nemo_star.planning.work import Workload
 
 PAPER_SHARE = 4
 """The Star Attention paper's accuracy is measured at blocks of a quarter of the context (arXiv 2411.17116, table 1)."""
-SMALLEST_BLOCK = 4096
-"""The smallest block there."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 4096, 32768
+"""The range of blocks there."""
 
 Row = dict[str, Any]
 
@@ -28,14 +28,14 @@ def plan_rows(config: PlanConfig) -> list[Row]:
         ValueError: sizes that do not go together whatever the kind.
     """
     model = config.model
-    layout = star_layout(config)
-    check_layout(model, layout, "star")
-    return [_row(kind, config, model, layout) for kind in config.compare]
+    layout = shared_layout(config)
+    check_layout(model, layout, None)
+    return [_row(candidate, config, model, layout) for candidate in config.candidates]
 
 
-def star_layout(config: PlanConfig) -> Layout:
-    """The layout of the kinds that share a context over ranks: one replica."""
-    layout = plan_layout(config.parallel, kind="star", world_size=config.world_size)
+def shared_layout(config: PlanConfig) -> Layout:
+    """The layout of the methods that share a context over ranks: one replica."""
+    layout = plan_layout(config.parallel, None, world_size=config.world_size)
     if layout.dp > 1:
         raise ValueError(
             f"a plan is for one replica: world_size={config.world_size} leaves {layout.dp} of "
@@ -44,14 +44,13 @@ def star_layout(config: PlanConfig) -> Layout:
     return layout
 
 
-def workload(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) -> Workload:
-    """The work of a word of `compare`, `attention[:anchor]`; dense runs on one cp rank."""
-    name, _, anchor = kind.partition(":")
-    changes: dict[str, Any] = {"kind": name, "anchor": anchor or config.attention.anchor}
+def workload(candidate: Candidate, config: PlanConfig, model: ModelConfig, layout: Layout) -> Workload:
+    """The work of a word of `compare`; a method that cannot share a context runs on one cp rank."""
+    method = candidate.method(config.attention)
     return Workload(
         model,
-        dataclasses.replace(layout, cp=1) if name == "dense" else layout,
-        dataclasses.replace(config.attention, **changes),
+        layout if method.shares_context else dataclasses.replace(layout, cp=1),
+        method,
         config.context_tokens,
         dtype=config.dtype or ("float32" if config.machine.device == "cpu" else "bfloat16"),
         cache_dtype=config.cache.dtype,
@@ -60,15 +59,15 @@ def workload(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) 
     )
 
 
-def row_of(kind: str, work: Workload, clock: Clock) -> Row:
+def row_of(word: str, work: Workload, clock: Clock) -> Row:
     """A row with the keys of tools/benchmark.py, and what they are made of."""
     memory = fullest_rank(work)
-    block_size, anchor_size = work.sizes
+    block_size, anchor_size = work.method.sizes(work.context_tokens)
     peak = memory.peak + clock.machine.process_bytes
     return {
-        "kind": kind,
-        "attention": work.attention.kind,
-        "anchor": work.attention.anchor if work.attention.kind == "star" else None,
+        "kind": word,
+        "attention": work.method.kind,
+        "anchor": work.method.variant,
         "decode": "sharded" if work.sliced else "replicated",
         "context_tokens": work.context_tokens,
         "block_size": block_size,
@@ -78,7 +77,7 @@ def row_of(kind: str, work: Workload, clock: Clock) -> Row:
         "cp": work.layout.cp,
         "prefill_seconds": prefill_seconds(work, clock),
         "decode_seconds_per_token": decode_seconds(work, clock),
-        "prefill_flops": total_flops(work),
+        "prefill_flops": work.flops,
         "weight_bytes_per_rank": memory.weights,
         "kv_bytes_per_rank": memory.kv,
         "activation_bytes_per_rank": memory.activations,
@@ -101,20 +100,23 @@ def fastest(rows: list[Row]) -> Row | None:
 
 
 def block_rows(config: PlanConfig) -> list[Row]:
-    """Star attention with anchor = block over block sizes, largest first; the one to take has `advised`.
+    """The first method of `compare` that has blocks, over block sizes (anchor = block), largest first; the one to take
+    has `advised`. None of them has blocks: no rows.
 
     Advised is the largest block that leaves no rank without one, because accuracy grows with it; at most a quarter of
     the context and 32,768 tokens, at least 4,096 (the range of the paper's tables), and halved until it fits.
     """
-    model, layout = config.model, star_layout(config)
-    kind = f"star:{config.attention.anchor}"
-    work = workload(kind, config, model, layout)
+    layout = shared_layout(config)
+    candidate = next((c for c in config.candidates if c.method(config.attention).has_blocks), None)
+    if candidate is None:
+        return []
+    word, work = candidate.word, workload(candidate, config, config.model, layout)
     clock = Clock(config.machine, config.efficiency)
     rows: dict[int, Row] = {}
 
     def row(size: int) -> Row:
         if size not in rows:
-            rows[size] = row_of(kind, with_attention(work, block_size=size, anchor_size=size), clock)
+            rows[size] = row_of(word, work.resized(size), clock)
         return rows[size]
 
     advised = wanted = _advised_size(config.context_tokens, layout.cp)
@@ -122,7 +124,7 @@ def block_rows(config: PlanConfig) -> list[Row]:
     while not row(advised)["fits"] and advised > 1 and _bare(row(advised), clock) <= usable_memory(work, clock):
         advised //= 2
     largest = -(-config.context_tokens // PAPER_SHARE)
-    for size in (largest, MAX_DEFAULT_BLOCK_SIZE, wanted * 4, wanted * 2, wanted // 2, wanted // 4):
+    for size in (largest, LARGEST_BLOCK, wanted * 4, wanted * 2, wanted // 2, wanted // 4):
         row(max(1, min(size, largest)))
     return [{**rows[size], "advised": size == advised and rows[size]["fits"]} for size in sorted(rows, reverse=True)]
 
@@ -135,15 +137,15 @@ def _bare(row: Row, clock: Clock) -> float:
 def _advised_size(context_tokens: int, cp: int) -> int:
     largest = -(-context_tokens // PAPER_SHARE)
     return max(
-        min(largest, MAX_DEFAULT_BLOCK_SIZE, -(-context_tokens // cp)),
+        min(largest, LARGEST_BLOCK, -(-context_tokens // cp)),
         min(largest, SMALLEST_BLOCK),
     )
 
 
-def _row(kind: str, config: PlanConfig, model: ModelConfig, layout: Layout) -> Row:
-    work = workload(kind, config, model, layout)
+def _row(candidate: Candidate, config: PlanConfig, model: ModelConfig, layout: Layout) -> Row:
+    work = workload(candidate, config, model, layout)
     try:
-        check_layout(model, work.layout, work.attention.kind)
+        check_layout(model, work.layout, work.method)
     except ValueError as error:
-        return {"kind": kind, "attention": work.attention.kind, "fits": False, "error": str(error)}
-    return row_of(kind, work, Clock(config.machine, config.efficiency))
+        return {"kind": candidate.word, "attention": work.method.kind, "fits": False, "error": str(error)}
+    return row_of(candidate.word, work, Clock(config.machine, config.efficiency))

@@ -9,10 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nemo_star.config.compare import Candidate
 from nemo_star.config.compose import compose_group
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import EfficiencyConfig, MachineConfig
 from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.partition import Partition, contiguous
+from nemo_star.methods.ring import Ring
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning.time import Clock, layer_time, prefill_seconds
 from nemo_star.planning.work import Workload, rank_work
@@ -68,11 +71,17 @@ def _predict(table: dict[str, Any], clock: Clock, what: str, tokens: int) -> flo
     return getattr(layer_time(work, clock, rank, rank.blocks[0][0]), what) * 1e3
 
 
-def _work(table: dict[str, Any], kind: str, tokens: int) -> Workload:
-    name, _, anchor = kind.partition(":")
-    cp = table.get("cp_of", {}).get(kind, table["cp"])
-    attention = AttentionConfig(
-        kind=name, anchor="recompute" if anchor == "recompute" else "shared", block_size=-(-tokens // table["blocks"])
-    )
+class PlainRing(Ring):
+    """One contiguous span a rank, as published rings have it: the last rank has almost twice the average work."""
+
+    def partition(self, context_tokens: int, cp_size: int) -> Partition:
+        return contiguous(context_tokens, cp_size)
+
+
+def _work(table: dict[str, Any], word: str, tokens: int) -> Workload:
+    cp = table.get("cp_of", {}).get(word, table["cp"])
+    method = Candidate.parse(word).method(AttentionConfig(block_size=-(-tokens // table["blocks"])))
+    if isinstance(method, Ring):
+        method = PlainRing(method.settings)
     model = compose_group(ModelConfig, "model", table["model"])
-    return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), attention, tokens, zigzag=False)
+    return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), method, tokens)

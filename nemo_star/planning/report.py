@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_star.config.plan import PlanConfig
 from nemo_star.planning.measured import compare_rows
-from nemo_star.planning.plan import Row, block_rows, fastest, plan_rows, star_layout
+from nemo_star.planning.plan import Row, block_rows, fastest, plan_rows, shared_layout
 from nemo_star.planning.published import Cell, median_error, published_cells
 from nemo_star.runtime.files import check_target, write_whole
 
@@ -41,8 +41,8 @@ def run(config: PlanConfig) -> int:
 
 
 def plan_table(config: PlanConfig, rows: Sequence[Row], blocks: Sequence[Row]) -> str:
-    """Kinds of attention, which is fastest, and star's block sizes."""
-    layout, machine = star_layout(config), config.machine
+    """Kinds of attention, which is fastest, and block sizes."""
+    layout, machine = shared_layout(config), config.machine
     usable = machine.memory_bytes * config.efficiency.usable_memory / GIB
     lines = [
         f"{config.context_tokens:,} context tokens on {config.world_size} ranks of {machine.name}: tp {layout.tp}, "
@@ -54,16 +54,24 @@ def plan_table(config: PlanConfig, rows: Sequence[Row], blocks: Sequence[Row]) -
         if row["error"] is not None:
             lines.append(f"{row['kind']:<15} does not run: {row['error']}")
             continue
-        block = f"{row['block_size']:,}" if row["attention"] == "star" else "-"
+        block = f"{row['block_size']:,}" if row["block_size"] < row["context_tokens"] else "-"
         lines.append(f"{row['kind']:<15} {block:>10} {row['tp'] * row['pp'] * row['cp']:>6} {_numbers(row)}")
     best = fastest(list(rows))
     lines += ["", f"fastest that fits: {best['kind']}" if best else f"nothing fits: {_ways(layout.cp)}"]
-    lines += ["", "star with other blocks (anchor = block):", f"{'':<15} {'block':>10} {'blocks':>6} {_TITLES}"]
+    return "\n".join([*lines, *_block_lines(config, blocks, layout.cp)])
+
+
+def _block_lines(config: PlanConfig, blocks: Sequence[Row], cp: int) -> list[str]:
+    """Other block sizes of the method that has blocks, and which to take."""
+    if not blocks:
+        return []
+    lines = ["", f"{blocks[0]['kind']} with other blocks (anchor = block):"]
+    lines.append(f"{'':<15} {'block':>10} {'blocks':>6} {_TITLES}")
     for row in blocks:
         count = -(-row["context_tokens"] // row["block_size"])
         mark = "advised" if row["advised"] else ""
         lines.append(f"{mark:<15} {row['block_size']:>10,} {count:>6} {_numbers(row)}")
-    return "\n".join([*lines, "", _advice(config, blocks, layout.cp)])
+    return [*lines, "", _advice(config, blocks, cp)]
 
 
 _TITLES = f"{'prefill s':>10} {'decode ms':>9} {'weights':>8} {'K/V':>8} {'activ.':>8} {'peak GiB':>8}  {'fits':<4}"

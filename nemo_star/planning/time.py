@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
 from nemo_star.methods.partition import Block
 from nemo_star.parallel.decode_slices import weight_elements_read
-from nemo_star.planning.flops import tokens_in_flight
 from nemo_star.planning.memory import kv_bytes, stage_layers
-from nemo_star.planning.work import RankWork, Workload, rank_attention_pairs, rank_work
+from nemo_star.planning.work import RankWork, Workload, rank_work
 
 HIDDEN_PASSES, ROTARY_PASSES, GATE_PASSES = 42, 10, 5
 """Reads and writes of memory that the layer's elementwise operations take, counted in elements of the model's type for
@@ -46,8 +45,8 @@ class Clock:
     efficiency: EfficiencyConfig
 
     def devices(self, work: Workload) -> int:
-        """Devices that one rank computes with: a node's cores for dense attention on a CPU, else one."""
-        alone = work.attention.kind == "dense" and self.machine.dense_takes_node
+        """Devices that one rank computes with: a node's cores for a method that runs on one CPU rank, else one."""
+        alone = not work.method.shares_context and self.machine.dense_takes_node
         return self.machine.devices_per_node if alone else 1
 
     def matrix_seconds(self, work: Workload, tokens: int, elements: float) -> float:
@@ -84,14 +83,13 @@ class Clock:
 def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> LayerTime:
     """One layer for one block of a rank."""
     model, tp = work.model, work.layout.tp
-    tokens = tokens_in_flight(block, work.attention)
+    tokens = work.method.tokens_in_flight(block)
     matrices = {
         name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in model.layer_matrices.items()
     }
-    attention = clock.attention_seconds(work, model.pair_flops * rank_attention_pairs(work, block) / tp)
-    query, kv = model.query_width, model.kv_width
+    attention = clock.attention_seconds(work, model.pair_flops * work.method.rank_pairs(block, rank.share) / tp)
     gate = GATE_PASSES * model.ffn_hidden_size / tp
-    other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (query + kv) / tp
+    other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (work.heads.query + work.heads.kv)
     gate_seconds, other_seconds = (
         clock.memory_seconds(work, passes * tokens * work.dtype_bytes) for passes in (gate, other)
     )
@@ -116,7 +114,7 @@ def prefill_seconds(work: Workload, clock: Clock) -> float:
         times = [(layers * layer_time(work, clock, rank, block).total, block, count) for block, count in rank.blocks]
         if times:
             passing, block, _ = max(times, key=lambda time: time[0])
-            size = tokens_in_flight(block, work.attention) * work.model.hidden_size * work.dtype_bytes
+            size = work.method.tokens_in_flight(block) * work.model.hidden_size * work.dtype_bytes
             fill = (stages - 1) * (passing + clock.exchange(size, min(stages, 2), _pipeline_span(work)))
             slowest = max(slowest, sum(seconds * count for seconds, _, count in times) + fill)
     return slowest
@@ -156,24 +154,16 @@ def _context_parallel(
     work: Workload, clock: Clock, rank: RankWork, block: Block, computing: float, attention: float
 ) -> float:
     """What a layer waits for other cp ranks."""
-    cp, span = work.layout.cp, work.layout.tp * work.layout.cp
-    query, kv = (width / work.layout.tp * work.dtype_bytes for width in (work.model.query_width, work.model.kv_width))
-    hidden_behind = 1.0 if clock.machine.overlaps else 0.0
-    if cp == 1:
+    if work.layout.cp == 1:
         return 0.0
-    if work.attention.kind == "ring":
-        hop = clock.exchange(2 * kv * block.tokens, 2, span)
-        return (cp - 1) * max(0.0, hop - hidden_behind * attention / cp)
-    if work.attention.kind == "ulysses":
-        share = block.tokens * (cp - 1) / cp
-        # KV heads fewer than ranks are sent to every rank that works on their queries.
-        copies = max(1.0, cp / (work.model.num_query_groups / work.layout.tp))
-        queries, keys = (clock.exchange(size * share, cp, span) for size in (query, kv * copies))
-        return 2 * queries + 2 * keys
-    if work.attention.kind == "star" and work.attention.anchor == "shared" and work.num_blocks > 1:
-        broadcast = clock.exchange(2 * kv * work.sizes[1], cp, span) / rank.num_blocks  # once for all of them
-        return max(0.0, broadcast - hidden_behind * computing)
-    return 0.0
+    span = work.layout.tp * work.layout.cp
+    waited = 0.0
+    for exchange in work.method.exchanges(block, rank.share, work.heads):
+        seconds = clock.exchange(exchange.elements * work.dtype_bytes, exchange.ranks, span) / exchange.blocks
+        if clock.machine.overlaps:
+            seconds -= exchange.beside_attention * attention + exchange.beside_layer * computing
+        waited += exchange.times * max(0.0, seconds)
+    return waited
 
 
 def _pipeline_span(work: Workload) -> int:

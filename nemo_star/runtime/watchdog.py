@@ -2,7 +2,7 @@
 
 A limit on every collective would cut honest work: a replica waits for the longest prefill of its round, ranks wait
 while dense attention runs on one. So collectives have no limit of their own. Each rank counts its steps (layers,
-requests); a thread tells the job's store when there were some; when no rank of the job has made one for
+requests); a thread notes in the job's store when there were some; when no rank of the job has made one for
 `timeout_minutes`, all end.
 On CUDA a step is a layer handed to the device, which runs ahead of the device by what its queue holds.
 """
@@ -13,10 +13,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch.distributed as dist
 from torch import nn
@@ -30,10 +31,9 @@ from nemo_star.runtime.launch import (
     warn,
 )
 
-T = TypeVar("T")
 _STORE_SECONDS = 30.0
-_LONGEST_LOOK_SECONDS = 10.0
-_MOST_FAILED_LOOKS = 5
+_MAX_LOOK_SECONDS = 10.0
+_MAX_FAILED_LOOKS = 5
 _RANKS_NAMED = 8
 
 
@@ -59,11 +59,11 @@ class Watchdog:
         self._store: dist.Store | None = None
         self._rank = rank
         self._clock = clock
-        self._steps = self._told_steps = 0
-        self._place, self._told_place = "the start", ""
-        self._patient = False
+        self._steps = self._stored_steps = 0
+        self._place, self._stored_place = "the start", ""
+        self._suspended = 0
         self._total, self._since, self._looked = -1, clock(), clock()
-        self._interval = min(timeout_minutes * 60 / 4, _LONGEST_LOOK_SECONDS)
+        self._interval = min(timeout_minutes * 60 / 4, _MAX_LOOK_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
 
@@ -84,35 +84,41 @@ class Watchdog:
         self._steps += 1
         self._place = place
 
-    def follow(self, layers: nn.ModuleList) -> None:
+    def watch_layers(self, layers: nn.ModuleList) -> None:
         """Count each pass of a layer as a step."""
         for number, layer in enumerate(layers, start=1):
             layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self.step(place))
 
-    def patient(self, work: Callable[[], T], place: str) -> Callable[[], T]:
-        """`work`, during which all is well however long it takes: reading what somebody types, loading weights."""
+    @contextmanager
+    def suspended(self, place: str) -> Iterator[None]:
+        """Time in which all is well however long it takes: reading what somebody types, loading weights."""
+        self._suspended += 1
+        self.step(place)
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+            self.step(f"after {place}")
 
-        def working() -> T:
-            self._patient = True
-            self.step(place)
-            try:
-                return work()
-            finally:
-                self._patient = False
-                self.step(f"after {place}")
-
-        return working
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Time, within a suspended one, in which steps count again."""
+        suspended, self._suspended = self._suspended, 0
+        try:
+            yield
+        finally:
+            self._suspended = suspended
 
     def is_hanging(self) -> bool:
-        """Tell the store of this rank's steps since the last look; whether no rank has told of any for too long."""
+        """Store that this rank made steps since the last look; whether no rank has made any for too long."""
         if self._store is None:
             assert self._connect is not None
             self._store = self._connect()
         steps, place, now = self._steps, self._place, self._clock()
-        total = self._store.add("steps", int(self._patient or steps != self._told_steps))
-        if place != self._told_place:
+        total = self._store.add("steps", int(self._suspended > 0 or steps != self._stored_steps))
+        if place != self._stored_place:
             self._store.set(f"place/{self._rank}", place)
-        self._told_steps, self._told_place = steps, place
+        self._stored_steps, self._stored_place = steps, place
         # A look that comes far too late: this process was stopped and continued, and perhaps the whole job.
         if total != self._total or now - self._looked > self.timeout_minutes * 30 + 2 * self._interval:
             self._total, self._since = total, now
@@ -126,7 +132,7 @@ class Watchdog:
                 hangs = self.is_hanging()
             except dist.DistError as error:
                 failed += 1
-                if failed == _MOST_FAILED_LOOKS:  # the store's process is gone, and the launcher ends this one
+                if failed == _MAX_FAILED_LOOKS:  # the store's process is gone, and the launcher ends this one
                     warn(f"rank {self._rank}: the watchdog lost the job's store and stops: {error}")
                     return
                 continue

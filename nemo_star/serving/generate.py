@@ -1,46 +1,23 @@
-"""`tools/generate.py`: a parsed recipe -> model on all ranks -> answers.
-
-Rank 0 has a front desk that reads and checks requests and writes answers; all ranks run the engine.
-"""
+"""`tools/generate.py`: requests -> answers. Rank 0 reads requests and writes answers; all ranks run the model."""
 
 from __future__ import annotations
 
-import functools
+import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from nemo_star.attention import AttentionState
-from nemo_star.attention.cache import KVCache
-from nemo_star.checkpoint.description import CheckpointDescription, read_description
-from nemo_star.checkpoint.load import load_weights
 from nemo_star.config.generate import GenerateConfig
-from nemo_star.engine.engine import Engine
-from nemo_star.kernels.registry import get_kernel
-from nemo_star.models.build import build_model, build_rotary
-from nemo_star.models.decode_sharding import install
-from nemo_star.models.sequence_parallel import check_sequence_parallel
-from nemo_star.models.stage import Stage
-from nemo_star.parallel.decode_slices import sliced_parts
-from nemo_star.parallel.groups import (
-    Groups,
-    create_groups,
-    gather_objects,
-    initialize,
-    on_every_rank,
-    on_first_rank,
-)
-from nemo_star.parallel.layout import Layout, check_layout, plan_layout
-from nemo_star.planning.limit import MemoryLimit
-from nemo_star.planning.work import Workload
-from nemo_star.runtime.launch import environment_world_size
+from nemo_star.llm import LLM
+from nemo_star.parallel.groups import gather_objects, on_first_rank
+from nemo_star.runtime.launch import EXIT_BAD_LINES
 from nemo_star.runtime.memory import FreeMemory, free_memory, peak_memory_bytes
-from nemo_star.runtime.watchdog import Watchdog, watchdog_of_this_job
-from nemo_star.serving.answer import Result
-from nemo_star.serving.frontdesk import FrontDesk
-from nemo_star.serving.requests import Request
+from nemo_star.serving.console import Console
+from nemo_star.serving.requests import BadRequest, Request, RequestReader
+from nemo_star.serving.sink import Answer, AnswerSink, answer_of
+from nemo_star.serving.source import RequestSource
 
 
 def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory] = free_memory) -> int:
@@ -52,108 +29,101 @@ def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory
     Raises:
         ValueError, OSError: a user's error, on all ranks alike.
     """
-    layout = plan_layout(config.parallel, kind=config.attention.kind, world_size=environment_world_size())
-    with watchdog_of_this_job(config.parallel.timeout_minutes) as watchdog:
-        device = initialize()
-        check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
-        return _answer_all(config, layout, device, watchdog=watchdog, free=free_memory(device))
+    with LLM.opened(config, free_memory) as llm:
+        return Generation(config, llm).run()
 
 
-def _answer_all(
-    config: GenerateConfig, layout: Layout, device: torch.device, *, watchdog: Watchdog, free: FreeMemory
-) -> int:
-    groups = create_groups(layout)
-    description = on_first_rank(lambda: read_description(Path(str(config.checkpoint))))
-    check_layout(description.model, layout, config.attention.kind)
-    limit = MemoryLimit(
-        Workload(
-            description.model,
-            layout,
-            config.attention,
-            context_tokens=0,
-            dtype=dtype_name(config, device),
-            cache_dtype=config.cache.dtype,
-        ),
-        gather_objects(free),
-    )
-    desk = FrontDesk(config, description.model, limit.check)
-    on_every_rank(lambda: desk.load_tokenizer() if groups.replica.rank() == 0 else None)
-    on_first_rank(watchdog.patient(desk.open, "reading requests"))
-    build = functools.partial(build_engine, config, description, groups, device)
-    engine = watchdog.patient(build, "loading the weights")()
-    watchdog.follow(engine.stage.model.decoder.layers)
-    on_first_rank(lambda: desk.start(engine.describe(), cp_size=layout.cp))
-    next_batch = watchdog.patient(lambda: desk.next_batch(layout.dp), "reading requests")
-    while (requests := on_first_rank(next_batch)) is not None:
-        results = run_batch(engine, desk, requests)
-        on_first_rank(functools.partial(desk.take, results))
-    peaks = gather_objects(peak_memory_bytes(device))
-    return on_first_rank(lambda: desk.close(peaks))
+class Generation:
+    """One run of the tool. All ranks make one; source, sink and console do their work on rank 0."""
 
+    def __init__(self, config: GenerateConfig, llm: LLM) -> None:
+        self.config = config
+        self.llm = llm
+        self.console = Console(single=config.input is None)
+        self.sink = AnswerSink(config)
+        reader = RequestReader(llm.description.model.vocab_size, llm.tokenizer, config.chat_template)
+        self.source = RequestSource(config, reader, self._check)
+        self._batch: list[Request | BadRequest] = []
 
-def dtype_name(config: GenerateConfig, device: torch.device) -> str:
-    """The type that the model computes in."""
-    return config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    def run(self) -> int:
+        """From what is cheap to check to what is expensive; returns the exit code."""
+        llm = self.llm
+        llm.check_sampling(self.config.inference.sampling(0))
+        with llm.watchdog.suspended("reading requests"):
+            on_first_rank(self._open)
+        llm.load_weights()
+        on_first_rank(self._start)
+        while (requests := self._next_requests()) is not None:
+            answers = self._answer(requests)
+            on_first_rank(lambda answers=answers: self._take(answers))  # type: ignore[misc]
+        peaks = gather_objects(peak_memory_bytes(llm.device))
+        return on_first_rank(lambda: self._finish(peaks))
 
+    def _open(self) -> None:
+        self.sink.check()
+        self.source.open()
 
-def build_engine(
-    config: GenerateConfig, description: CheckpointDescription, groups: Groups, device: torch.device
-) -> Engine:
-    """The checkpoint's model on this rank, ready to run requests."""
-    dtype = getattr(torch, dtype_name(config, device))
-    cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
-    kind = config.attention.kind
-    sliced = sliced_parts(
-        config.parallel.decode, description.model, groups.layout, itemsize=dtype.itemsize, device_type=device.type
-    )
-    state = AttentionState(
-        cache=KVCache(cache_dtype),
-        kernel=get_kernel(config.attention.kernel, device, dtype),
-        decode_kernel=get_kernel(config.attention.kernel, device, cache_dtype),
-        cp_group=groups.cp,
-        decode_group=groups.collection.tp_cp if sliced else None,
-    )
-    model = build_model(description.model, kind=kind, state=state, groups=groups.collection, dtype=dtype, device=device)
-    load_weights(model, Path(str(config.checkpoint)))
-    install(model, state, sliced)
-    rotary = build_rotary(description.model, device)
-    stage = Stage(
-        model,
-        rotary,
-        groups.pp,
-        description.model.vocab_size,
-        decode_group=state.decode_group,
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
-    return Engine(stage, state, groups, config.attention)
+    def _check(self, request: Request) -> None:
+        new_tokens = len(request.query_ids) + self.config.inference.tokens_to_generate
+        for warning in self.llm.check(len(request.context_ids), new_tokens):
+            self.console.say(warning, warning=True)
 
+    def _start(self) -> None:
+        self.sink.open(self.source.resumed)
+        if self.config.input is not None:
+            self.console.count_requests(self.source.total, len(self.source.resumed.answers))
 
-def run_batch(engine: Engine, desk: FrontDesk, requests: Sequence[Request]) -> list[Result]:
-    """Run up to one request per replica; every replica's result, in order, on rank 0 (empty on the others)."""
-    groups = engine.groups
-    replica = groups.dp.rank()
-    result = run_request(engine, desk, requests[replica]) if replica < len(requests) else None
-    results: list[Result | None] = [result]
-    if groups.dp.size() > 1 and groups.replica.rank() == 0:
-        results = [None] * groups.dp.size()
-        dist.gather_object(result, results if replica == 0 else None, group=groups.dp, group_dst=0)
-    return [result for result in results if result is not None]
+    def _next_requests(self) -> list[Request] | None:
+        """The next requests on all ranks, at most one for each replica; None after the last."""
+        with self.llm.watchdog.suspended("reading requests"):
+            return on_first_rank(self._read_batch)
 
+    def _read_batch(self) -> list[Request] | None:
+        """Says what will run. A request leaves this rank without its id and further fields."""
+        llm = self.llm
+        self._batch = self.source.next_batch(llm.groups.dp.size())
+        requests = [item for item in self._batch if isinstance(item, Request)]
+        for request in requests:
+            self.console.describe(
+                llm.method, len(request.context_ids), cp_size=llm.groups.cp.size(), computes=llm.engine.describe()
+            )
+        return [replace(request, id=None, extra={}) for request in requests] if self._batch else None
 
-def run_request(engine: Engine, desk: FrontDesk, request: Request) -> Result | None:
-    """Answer one request on the ranks of a replica; its first rank chooses the tokens and gets the result."""
-    answer = desk.begin(request) if engine.groups.replica.rank() == 0 else None
-    tokens_to_generate = desk.config.inference.tokens_to_generate
-    engine.encode_context(
-        request.context_ids,
-        new_tokens=len(request.query_ids) + tokens_to_generate,
-        on_block=desk.block_done if answer else lambda: None,
-    )
-    steps = engine.generate(
-        request.query_ids, tokens_to_generate=tokens_to_generate, choose=answer.choose if answer else None
-    )
-    for step in steps:
-        if answer:
-            answer.keep(step)
-    prefill = engine.prefill_report()
-    return answer.finish(prefill) if answer else None
+    def _answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run up to one request per replica; every replica's answer, in order, on rank 0 (empty on the others)."""
+        groups = self.llm.groups
+        replica = groups.dp.rank()
+        answer = self._answer_one(requests[replica]) if replica < len(requests) else None
+        answers: list[Answer | None] = [answer]
+        if groups.dp.size() > 1 and self.llm.is_first_of_replica:
+            answers = [None] * groups.dp.size()
+            dist.gather_object(answer, answers if replica == 0 else None, group=groups.dp, group_dst=0)
+        return [answer for answer in answers if answer is not None]
+
+    def _answer_one(self, request: Request) -> Answer | None:
+        """On the first rank of the replica that runs it."""
+        started = time.perf_counter()
+        params = replace(self.config.inference.sampling(request.index), logits=self.config.output_logits is not None)
+        first = self.llm.is_first_of_replica
+        context = self.llm.engine.encode(
+            request.context_ids, on_block=self.console.block_done if first else lambda: None
+        )
+        result = self.llm.answer(context, request.query_ids, params, show=self.console.show)
+        prefill = self.llm.engine.prefill_report(context)
+        return None if result is None else answer_of(request, result, prefill, started)
+
+    def _take(self, answers: Sequence[Answer]) -> None:
+        self.sink.write(self._batch, answers)
+        for _ in self._batch:
+            self.console.request_done()
+
+    def _finish(self, peaks: Sequence[int]) -> int:
+        self.console.close(self.sink.last_stats, peaks)
+        self.sink.close()
+        if not self.sink.has_bad_lines:
+            return 0
+        where = self.config.output or "the output"
+        self.console.say(
+            f"bad lines: {where} has an `error` field for each; exit code {EXIT_BAD_LINES}, torchrun's is 1"
+        )
+        return EXIT_BAD_LINES

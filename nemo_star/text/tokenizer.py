@@ -44,22 +44,23 @@ class Tokenizer:
         except Exception as error:  # the libraries behind it raise many kinds
             raise ValueError(f"tokenizer files in {directory} cannot be read: {error}") from error
 
-    def encode(self, context: str, query: str, *, chat_template: bool = False) -> tuple[list[int], list[int]]:
-        """(context ids, query ids).
+    def encode_context(self, text: str, *, chat_template: bool = False) -> list[int]:
+        """Token ids of a context, BOS first.
 
-        With `chat_template` both make up one user message; everything before the query's text counts as context.
+        With `chat_template` context and query make up one user message; everything before the query's text counts as
+        context.
 
         Raises:
-            ValueError: an empty text, or no chat template to apply.
+            ValueError: no chat template to apply.
         """
-        for name, text in (("context", context), ("query", query)):
-            if not text:
-                raise ValueError(f"the {name} is empty")
         if chat_template:
-            context, query = self._in_template(context, query)
-            return self._ids(context), self._ids(query)
+            return self._ids(self._in_template(text, "")[0])
         bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
-        return bos + self._ids(context), self._ids(query)
+        return bos + self._ids(text)
+
+    def encode_query(self, text: str, *, chat_template: bool = False) -> list[int]:
+        """Token ids of a query, without special tokens but those of the chat template."""
+        return self._ids(self._in_template("", text)[1] if chat_template else text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.hf.decode(list(ids), skip_special_tokens=True)

@@ -221,21 +221,17 @@ def test_an_end_token_ends_the_answer(runs, tmp_path, tiny):
     assert (line["token_ids"], line["finish_reason"]) == (tokens, "length")
 
 
-def test_prefill_never_computes_logits(tiny, groups):
-    from nemo_star.checkpoint.description import read_description
-    from nemo_star.config.generate import GenerateConfig
-    from nemo_star.config.strict import parse
-    from nemo_star.serving.generate import build_engine
+def test_prefill_never_computes_logits(tiny):
+    from nemo_star import LLM
 
-    values = {"checkpoint": str(tiny), "context": "-", "query": "-", "attention": {"block_size": 32}}
-    engine = build_engine(parse(GenerateConfig, values), read_description(tiny), groups, torch.device("cpu"))
+    engine = LLM(tiny, attention={"block_size": 32}).engine
     heads = []
     engine.stage.model.output_layer.register_forward_hook(
         lambda module, inputs, output: heads.append(inputs[0].shape[0])
     )
-    engine.encode_context(CONTEXT, new_tokens=9)
+    context = engine.encode(CONTEXT)
     assert heads == []
-    list(engine.generate([1, 2, 3], tokens_to_generate=4, choose=lambda logits: (5, False)))
+    list(engine.generate(context, [1, 2, 3], max_tokens=4, choose=lambda logits: (5, False)))
     assert heads == [1, 1, 1, 1]
 
 

@@ -107,8 +107,7 @@ def test_views_of_larger_buffers_do(kernel_on):
     """A cache's views, and keys that lie between others' in memory."""
     kernel, device = kernel_on
     q, k, v = inputs(5, 64, device=device)
-    cache = KVCache()
-    cache.reset(1000)
+    cache = KVCache(capacity=1000)
     cache.append(1, k, v)
     interleaved = torch.stack((k, v), dim=3)[:, :, :, :1].squeeze(3), torch.stack((v, k), dim=2)[:, :, 0]
     expected = kernel.decode(q, k, v, 0.125, True)

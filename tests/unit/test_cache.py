@@ -9,8 +9,7 @@ def kv(tokens, seed=0):
 
 
 def test_append_keeps_order_and_truncate_rolls_back():
-    cache = KVCache()
-    cache.reset(6)
+    cache = KVCache(capacity=6)
     first, second, third = kv(4, 1), kv(2, 2), kv(2, 3)
     cache.append(1, *first)
     cache.append(1, *second)
@@ -23,8 +22,7 @@ def test_append_keeps_order_and_truncate_rolls_back():
 
 
 def test_appending_within_the_capacity_does_not_move_the_buffer():
-    cache = KVCache()
-    cache.reset(8)
+    cache = KVCache(capacity=8)
     cache.append(3, *kv(4))
     before = cache.get(3)[0].data_ptr()
     cache.append(3, *kv(4))
@@ -34,44 +32,18 @@ def test_appending_within_the_capacity_does_not_move_the_buffer():
     assert torch.equal(cache.get(3)[0][:4], kv(4)[0])
 
 
-def test_reset_forgets_and_an_untouched_layer_is_none():
+def test_an_untouched_layer_is_none():
     cache = KVCache(dtype=torch.bfloat16)
     cache.append(1, *kv(3))
     assert cache.get(1)[0].dtype == torch.bfloat16
     assert cache.get(2) is None
-    cache.reset(3)
-    assert cache.get(1) is None
-    assert cache.tokens == 0
 
 
-def test_a_longer_context_after_a_short_one_gets_its_buffer_at_once():
-    cache = KVCache()
-    for capacity in (2, 8):
-        cache.reset(capacity)
-        cache.append(1, *kv(2))
-    before = cache.get(1)[0].data_ptr()
-    cache.append(1, *kv(6))
-    assert cache.get(1)[0].data_ptr() == before
-
-
-def test_release_gives_the_memory_back():
-    cache = KVCache()
-    cache.reset(4)
-    cache.append(1, *kv(4))
-    cache.release()
-    assert cache.get(1) is None
-    assert cache.bytes_per_token == 0
-
-
-def test_reserved_room_is_used_and_empty():
-    cache = KVCache()
-    cache.reset(6)
+def test_reserved_buffers_are_used_and_empty():
+    cache = KVCache(capacity=6)
     cache.reserve([1, 2], KVShape(1, 2, 4, torch.float32, torch.device("cpu")))
     assert cache.get(1) is None
     assert cache.tokens == 0
     places = [layer.k.data_ptr() for layer in cache._layers.values()]
     cache.append(2, *kv(6))
     assert cache.get(2)[0].data_ptr() == places[1]
-    cache.reset(5)
-    cache.reserve([1, 2], KVShape(1, 2, 4, torch.float32, torch.device("cpu")))
-    assert [layer.k.data_ptr() for layer in cache._layers.values()] == places

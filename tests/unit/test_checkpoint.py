@@ -84,21 +84,18 @@ def test_export_gives_back_the_same_tensors(tmp_path, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dense_logits_are_those_of_transformers(tmp_path, groups, variant):
-    from nemo_star.config.generate import GenerateConfig
-    from nemo_star.config.strict import parse
-    from nemo_star.serving.generate import build_engine
+def test_dense_logits_are_those_of_transformers(tmp_path, variant):
+    from nemo_star import LLM
 
     hf_model(tmp_path / "hf", variant)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    description = import_checkpoint(tmp_path / "hf", tmp_path / "converted")
+    import_checkpoint(tmp_path / "hf", tmp_path / "converted")
     generator = torch.Generator().manual_seed(5)
     context, query = (torch.randint(131, (n,), generator=generator).tolist() for n in (90, 7))
-    values = {"checkpoint": str(tmp_path / "converted"), "context": "-", "query": "-", "attention": {"kind": "dense"}}
-    engine = build_engine(parse(GenerateConfig, values), description, groups, torch.device("cpu"))
-    engine.encode_context(context, new_tokens=17)
+    engine = LLM(tmp_path / "converted", attention={"kind": "dense"}).engine
+    encoded = engine.encode(context)
     choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
-    steps = list(engine.generate(query, tokens_to_generate=10, choose=choose))
+    steps = list(engine.generate(encoded, query, max_tokens=10, choose=choose))
     ids = context + query + [step.token for step in steps]
     with torch.no_grad():
         expected = model(torch.tensor([ids[:-1]])).logits[0, len(context + query) - 1 :]

@@ -4,6 +4,7 @@ from nemo_star.config.generate import GenerateConfig, InferenceConfig
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.config.strict import parse
 from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.registry import method_of
 
 QUESTION = {"checkpoint": "c", "context": "a", "query": "b"}
 
@@ -30,7 +31,7 @@ def test_values_reach_their_fields():
         ({"attention": {"blok_size": 3}}, "unknown key attention.blok_size; known keys here: attention.kind"),
         ({"attention": {"block_size": "4K"}}, "attention.block_size='4K' must be of type int"),
         ({"attention": {"block_size": True}}, "attention.block_size=True must be of type int"),
-        ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known kinds: star, dense, ring, ulysses"),
+        ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known: dense, ring, star, ulysses"),
         ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be one of: auto"),
         ({"attention": {"block_size": 0}}, "attention.block_size=0 must be at least 1 token"),
         ({"attention": {"block_size": 32, "anchor_size": 64}}, "anchor_size=64 is larger than attention.block_size=32"),
@@ -77,9 +78,9 @@ def test_resume_contradicts_overwrite_and_logits():
     ],
 )
 def test_default_sizes(config, context_tokens, sizes):
-    assert config.sizes(context_tokens) == sizes
+    assert method_of(config).sizes(context_tokens) == sizes
 
 
 def test_an_anchor_larger_than_the_default_block_names_both():
     with pytest.raises(ValueError, match=r"anchor_size=30 is larger than the block size 25"):
-        AttentionConfig(anchor_size=30).sizes(100)
+        method_of(AttentionConfig(anchor_size=30)).sizes(100)

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from nemo_star.attention import AttentionState
 from nemo_star.attention.cache import KVCache
+from nemo_star.attention.step import AttentionState, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.kernels.registry import get_kernel
-from nemo_star.methods.partition import Block
+from nemo_star.methods.partition import Block, Partition
 from nemo_star.models.decode_sharding import PhasedMLP
 
 
 def state_of(groups, **fields):
     kernel = get_kernel("auto", torch.device("cpu"), torch.float32)
-    return AttentionState(KVCache(), kernel, kernel, groups.cp, **fields)
+    return AttentionState(kernel, kernel, groups.cp, **fields)
 
 
 class Doubling(nn.Module):
@@ -35,7 +35,9 @@ class Doubling(nn.Module):
 def test_a_block_goes_through_the_mlp_in_chunks(groups, tokens):
     mlp = Doubling()
     hidden = torch.arange(tokens, dtype=torch.float32).view(tokens, 1, 1)
-    out, bias = PhasedMLP(mlp, state_of(groups, block=Block(0, ((0, tokens),))))(hidden)
+    block = Block(0, ((0, tokens),))
+    step = PrefillStep(block, Partition(tokens, ((block,),)), KVCache())
+    out, bias = PhasedMLP(mlp, state_of(groups, step=step))(hidden)
     assert torch.equal(out, 2 * hidden)
     assert bias is None
     assert max(mlp.seen) <= MLP_CHUNK_TOKENS

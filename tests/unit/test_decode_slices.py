@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_star.config.model import ModelConfig
-from nemo_star.parallel.decode_slices import sliced_parts, weight_elements_read
+from nemo_star.parallel.decode_slices import sliced_matrices, weight_elements_read
 from nemo_star.parallel.layout import Layout
 
 
@@ -33,7 +33,7 @@ ALL = {"ffn", "head", "projection"}
 )
 def test_what_is_divided(decode, shape, layout, device, parts):
     itemsize = 4 if device == "cpu" else 2
-    assert sliced_parts(decode, shape, layout, itemsize=itemsize, device_type=device) == parts
+    assert sliced_matrices(decode, shape, layout, itemsize=itemsize, device_type=device) == parts
 
 
 def test_what_a_token_reads():

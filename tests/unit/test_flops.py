@@ -2,7 +2,7 @@ import pytest
 
 from nemo_star.config.model import ModelConfig
 from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.partition import PARTITIONS
+from nemo_star.methods.registry import method_of
 from nemo_star.planning.flops import prefill_flops
 
 MODEL = ModelConfig(
@@ -22,8 +22,7 @@ PAIR = 4 * 4 * 2
 
 
 def flops(kind, tokens, cp_size=2, **settings):
-    attention = AttentionConfig(kind=kind, **settings)
-    return prefill_flops(MODEL, PARTITIONS[kind](tokens, *attention.sizes(tokens), cp_size), attention) // 2
+    return prefill_flops(MODEL, method_of(AttentionConfig(kind=kind, **settings)), tokens, cp_size) // 2
 
 
 def test_exact_kinds_count_every_pair_once():

@@ -8,6 +8,7 @@ from launch import read_jsonl, write_jsonl
 from nemo_star.config.generate import GenerateConfig, InferenceConfig
 from nemo_star.config.model import ModelConfig
 from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.registry import method_of
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.memory import weight_elements
@@ -29,7 +30,7 @@ def test_a_cpu_s_memory_is_that_of_its_machine():
 
 def limit(free, *, dp=1, cp=2, kind="star"):
     layout = Layout(tp=1, cp=cp, dp=dp, pp=1)
-    return MemoryLimit(Workload(LLAMA, layout, AttentionConfig(kind=kind), 0), free)
+    return MemoryLimit(Workload(LLAMA, layout, method_of(AttentionConfig(kind=kind)), 0), free)
 
 
 def test_ranks_of_one_machine_share_its_memory():

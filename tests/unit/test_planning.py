@@ -9,17 +9,17 @@ from launch import ROOT, run_tool
 from nemo_star.config.compose import CONF, RECIPES, compose, compose_group
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import EfficiencyConfig, MachineConfig, PlanConfig
+from nemo_star.methods import star
 from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.partition import PARTITIONS
+from nemo_star.methods.registry import method_of
 from nemo_star.parallel.layout import Layout
-from nemo_star.planning import report, work
-from nemo_star.planning.flops import attention_pairs, prefill_flops, tokens_in_flight
+from nemo_star.planning import report
 from nemo_star.planning.measured import compare_rows
 from nemo_star.planning.memory import fullest_rank, kv_bytes, weight_elements
 from nemo_star.planning.plan import block_rows, fastest, plan_rows
 from nemo_star.planning.published import median_error, published_cells
 from nemo_star.planning.time import Clock, decode_seconds, layer_time, prefill_seconds
-from nemo_star.planning.work import Workload, rank_work, star_rank, tokens_by_rank, total_flops
+from nemo_star.planning.work import Workload, rank_work, work_of
 
 LLAMA = ModelConfig(32, 4096, 32, 8, 14336, 128256)
 MACHINES = sorted(path.stem for path in (CONF / "machine").glob("*.yaml"))
@@ -34,7 +34,7 @@ def llama(kind, tokens, *, tp=1, pp=1, cp=1, dtype="bfloat16", decode="replicate
     name, _, anchor = kind.partition(":")
     attention = AttentionConfig(kind=name, anchor=anchor or "shared", **attention)
     layout = Layout(tp=tp, cp=cp, dp=1, pp=pp)
-    return Workload(LLAMA, layout, attention, tokens, dtype=dtype, decode=decode)
+    return Workload(LLAMA, layout, method_of(attention), tokens, dtype=dtype, decode=decode)
 
 
 def plan(*arguments):
@@ -48,29 +48,31 @@ def plan(*arguments):
 @pytest.mark.parametrize(("tokens", "block", "cp"), [(97, 10, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)])
 def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp):
     planned = llama(kind, tokens, cp=cp, block_size=block, anchor_size=block // 2)
-    partition = PARTITIONS[planned.attention.kind](tokens, *planned.sizes, cp)
-    assert tokens_by_rank(planned) == [partition.tokens_of(rank) for rank in range(cp)]
-    assert total_flops(planned) == prefill_flops(planned.model, partition, planned.attention)
-    assert max(rank.tokens for rank in rank_work(planned)) == max(tokens_by_rank(planned))
-    if planned.attention.kind != "star":
-        return
+    method = planned.method
+    partition = method.partition(tokens, cp)
+    every_block = [(block, 1) for blocks in partition.ranks for block in blocks]
+    assert planned.tokens_by_rank == partition.tokens_by_rank
+    assert planned.num_blocks == partition.num_blocks == len(every_block)
+    assert load(method, method.all_blocks(tokens, cp)) == load(method, every_block)
+    assert max(rank.tokens for rank in rank_work(planned)) == max(partition.tokens_by_rank)
 
-    def load(blocks):
-        attention = planned.attention
-        pairs = sum(count * attention_pairs(block, attention) for block, count in blocks)
-        return sum(count * tokens_in_flight(block, attention) for block, count in blocks), pairs
-
-    every = [load([(block, 1) for block in blocks]) for blocks in partition.ranks]
-    assert every == [load(star_rank(planned, rank).blocks) for rank in range(cp)]
-    standing = [load(rank.blocks) for rank in rank_work(planned)]
+    every = [load(method, [(block, 1) for block in blocks]) for blocks in partition.ranks]
+    assert every == [load(method, work_of(planned, rank).blocks) for rank in range(cp)]
+    standing = [load(method, rank.blocks) for rank in rank_work(planned)]
     for measure in (0, 1):
         assert max(load[measure] for load in standing) == max(load[measure] for load in every)
 
 
+def load(method, counted):
+    """(tokens in flight, pairs) of counted blocks."""
+    pairs = sum(count * method.pairs(block) for block, count in counted)
+    return sum(count * method.tokens_in_flight(block) for block, count in counted), pairs
+
+
 def test_a_hundred_million_tokens_on_4096_ranks_cost_no_more_than_a_thousand(monkeypatch):
     made = []
-    original = work.Block
-    monkeypatch.setattr(work, "Block", lambda *arguments: made.append(1) or original(*arguments))
+    original = star.Block
+    monkeypatch.setattr(star, "Block", lambda *arguments: made.append(1) or original(*arguments))
     counts = []
     for tokens, world in ((1000, 4), (100_000_000, 4096)):
         made.clear()
@@ -86,7 +88,7 @@ def test_a_hundred_million_tokens_on_4096_ranks_cost_no_more_than_a_thousand(mon
 
 def test_one_block_is_dense_attention(a800):
     star, dense = llama("star:shared", 5000, block_size=5000), llama("dense", 5000)
-    assert total_flops(star) == total_flops(dense)
+    assert star.flops == dense.flops
     assert prefill_seconds(star, a800) == prefill_seconds(dense, a800)
     assert decode_seconds(star, a800) == decode_seconds(dense, a800)
     assert fullest_rank(star) == fullest_rank(dense)
@@ -160,22 +162,15 @@ def test_memory_falls_with_ranks_and_types():
     assert fullest_rank(llama("dense", 2**15, dtype="float32")).peak == 2 * fullest_rank(llama("dense", 2**15)).peak
 
 
-def test_kv_bytes_are_those_of_the_cache(tiny, groups):
-    import torch
+def test_kv_bytes_are_those_of_the_cache(tiny):
+    from nemo_star import LLM
 
-    from nemo_star.checkpoint.description import read_description
-    from nemo_star.config.generate import GenerateConfig
-    from nemo_star.serving.generate import build_engine
-
-    description = read_description(tiny)
-    config = GenerateConfig(checkpoint=str(tiny), context="a", query="b", attention=AttentionConfig(block_size=16))
-    engine = build_engine(config, description, groups, torch.device("cpu"))
-    engine.encode_context(list(range(50)), new_tokens=1)
-    cache = engine.state.cache
-    layout = Layout(1, 1, 1, 1)
-    planned = Workload(description.model, layout, config.attention, 50, dtype="float32")
+    llm = LLM(tiny, attention={"block_size": 16})
+    cache = llm.encode(list(range(50))).cache
+    model = llm.description.model
+    planned = Workload(model, Layout(1, 1, 1, 1), llm.method, 50, dtype="float32")
     assert kv_bytes(planned, 0, 50) == cache.bytes_per_token * cache.tokens
-    assert weight_elements(description.model, 1, 1, 0) == sum(p.numel() for p in engine.stage.model.parameters())
+    assert weight_elements(model, 1, 1, 0) == sum(p.numel() for p in llm.engine.stage.model.parameters())
 
 
 # Published tables
@@ -280,7 +275,7 @@ def test_the_advised_block(arguments, advised):
             ["model.num_attention_heads=31"],
             "hidden_size 4096 is not divisible by num_attention_heads 31: give kv_channels",
         ),
-        (["compare=[star:twice]"], "'star:twice' is unknown; known: star:shared"),
+        (["compare=[star:twice]"], "'star:twice' is unknown; known: ring, star:shared"),
         (["context_tokens=0"], "context_tokens=0 must be at least 1"),
         (["machine.memory_bandwidth=0"], "machine.memory_bandwidth=0.0 must be above 0"),
         (["efficiency.gemm=1.5"], "efficiency.gemm=1.5 must be above 0 and at most 1"),

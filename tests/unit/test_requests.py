@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_star.serving.requests import BadRequest, InputFile, OutputFile, Request, RequestReader, Resumed, read_resumed
+from nemo_star.serving.files import InputFile, OutputFile, Resumed, read_resumed
+from nemo_star.serving.requests import BadRequest, Request, RequestReader
 
 READER = RequestReader(vocab_size=100, tokenizer=None)
 
@@ -81,7 +82,7 @@ def test_output_is_written_line_by_line(tmp_path):
 
 def test_a_pipe_can_be_gone_through_twice_too():
     program = (
-        "from nemo_star.serving.requests import InputFile; "
+        "from nemo_star.serving.files import InputFile; "
         "lines = InputFile('/dev/stdin'); print(*lines.ids(), *lines.ids())"
     )
     done = subprocess.run(

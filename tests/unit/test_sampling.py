@@ -1,21 +1,23 @@
 import torch
 
-from nemo_star.config.generate import InferenceConfig
+from nemo_star.config.sampling import SamplingParams
 from nemo_star.engine.sampling import Sampler
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
 
 def sampler(**settings):
-    return Sampler(InferenceConfig(greedy=False, **settings), seed=settings.get("seed", 7))
+    return Sampler(SamplingParams(**{"temperature": 1.0, **settings}), seed=settings.get("seed", 7))
 
 
 def test_greedy_takes_the_likeliest():
-    assert Sampler(InferenceConfig(), seed=0)(LOGITS) == 1
+    assert Sampler(SamplingParams(), seed=0)(LOGITS) == 1
 
 
 def test_a_seed_repeats_itself_and_another_differs():
-    draws = [[Sampler(InferenceConfig(greedy=False), seed)(torch.zeros(1000)) for _ in range(1)] for seed in (1, 1, 2)]
+    draws = [
+        [Sampler(SamplingParams(temperature=1.0), seed)(torch.zeros(1000)) for _ in range(1)] for seed in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 

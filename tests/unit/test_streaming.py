@@ -19,8 +19,7 @@ from nemo_star.kernels.registry import CpuKernel
 def cached(tokens, groups, channels, dtype=torch.float32, batch=1, factor=1.0):
     """K and V as the cache lays them, of a request in two parts."""
     generator = torch.Generator().manual_seed(tokens)
-    cache = KVCache(dtype)
-    cache.reset(tokens + 3)
+    cache = KVCache(dtype, capacity=tokens + 3)
     for part in (tokens - tokens // 3, tokens // 3):
         kv = [torch.randn(part, batch, groups, channels, generator=generator) * factor for _ in range(2)]
         cache.append(1, *kv)

@@ -82,34 +82,29 @@ class Hugging:
 
 
 def test_bos_stands_before_the_context_only():
-    context, query = Tokenizer(Hugging()).encode("ab", "c")
-    assert context == [1, ord("a"), ord("b")]
-    assert query == [ord("c")]
+    tokenizer = Tokenizer(Hugging())
+    assert tokenizer.encode_context("ab") == [1, ord("a"), ord("b")]
+    assert tokenizer.encode_query("c") == [ord("c")]
 
 
 def test_without_a_bos_token_there_is_none():
     hugging = Hugging()
     hugging.bos_token_id = None
-    assert Tokenizer(hugging).encode("a", "c")[0] == [ord("a")]
-
-
-@pytest.mark.parametrize(("context", "query", "name"), [("", "b", "context"), ("a", "", "query")])
-def test_empty_text_is_refused(context, query, name):
-    with pytest.raises(ValueError, match=f"the {name} is empty"):
-        Tokenizer(Hugging()).encode(context, query)
+    assert Tokenizer(hugging).encode_context("a") == [ord("a")]
 
 
 def test_chat_template_is_cut_before_the_query():
     hugging = Hugging()
     hugging.chat_template = "yes"
-    context, query = Tokenizer(hugging).encode("long text ", "what?", chat_template=True)
+    context = Tokenizer(hugging).encode_context("long text ", chat_template=True)
+    query = Tokenizer(hugging).encode_query("what?", chat_template=True)
     assert "".join(map(chr, context)) == "<user>long text \n\n"
     assert "".join(map(chr, query)) == "what?</user><assistant>"
 
 
 def test_no_chat_template_is_refused():
     with pytest.raises(ValueError, match="no chat template"):
-        Tokenizer(Hugging()).encode("a", "b", chat_template=True)
+        Tokenizer(Hugging()).encode_query("b", chat_template=True)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +131,7 @@ def test_a_template_that_changes_the_text_is_refused():
     hugging.chat_template = "yes"
     hugging.apply_chat_template = lambda *_, **__: "no content"
     with pytest.raises(ValueError, match="does not give a user's message once and unchanged"):
-        Tokenizer(hugging).encode("a", "b", chat_template=True)
+        Tokenizer(hugging).encode_query("b", chat_template=True)
 
 
 def test_a_sentencepiece_model_alone_is_enough(tmp_path):
@@ -144,8 +139,9 @@ def test_a_sentencepiece_model_alone_is_enough(tmp_path):
         shutil.copy(DEMO / name, tmp_path / name)
     whole, alone = Tokenizer.load(DEMO), Tokenizer.load(tmp_path)
     text = "One of the special magic numbers for easy-canyon is: 2138216. Ünïcode  too."
-    assert alone.encode(text, "What is it?") == whole.encode(text, "What is it?")
-    ids = whole.encode(text, "x")[0]
+    assert alone.encode_context(text) == whole.encode_context(text)
+    assert alone.encode_query("What is it?") == whole.encode_query("What is it?")
+    ids = whole.encode_context(text)
     assert alone.decode(ids) == whole.decode(ids)
 
 

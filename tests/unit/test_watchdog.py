@@ -47,20 +47,21 @@ def test_a_rank_may_wait_for_as_long_as_another_works(pair, clock):
 
 
 def test_work_that_may_take_long_is_no_hang(pair, clock):
-    seen = []
-
-    def read():
-        seen.extend(pass_time(clock, pair, 600))
-        return "typed"
-
-    assert pair[0].patient(read, "reading requests")() == "typed"
-    assert seen == [False, False]
+    with pair[0].suspended("reading requests"):
+        assert pass_time(clock, pair, 600) == [False, False]
     assert pass_time(clock, pair, 90) == [True, True]
+
+
+def test_a_call_within_a_suspended_time_is_watched(pair, clock):
+    with pair[0].suspended("the caller's own work"):
+        with pair[0].resumed():
+            assert pass_time(clock, pair, 90) == [True, True]
+        assert pass_time(clock, pair, 90) == [False, False]
 
 
 def test_a_pass_of_a_layer_is_a_step(pair, clock):
     layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-    pair[0].follow(layers)
+    pair[0].watch_layers(layers)
     assert pass_time(clock, pair, 300, lambda: layers[1](torch.zeros(1))) == [False, False]
 
 

@@ -5,16 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from nemo_star.checkpoint.description import read_description
-from nemo_star.config.generate import GenerateConfig
-from nemo_star.config.strict import parse
-from nemo_star.parallel.groups import create_groups, initialize
-from nemo_star.parallel.layout import plan_layout
+from nemo_star.llm import LLM
+from nemo_star.parallel.groups import initialize
 from nemo_star.runtime.launch import run_as_tool
-from nemo_star.serving.generate import build_engine
 
 KINDS = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "isend", "irecv", "send", "recv")
 NAMES = [name for name in dir(dist) if name.startswith(KINDS) and callable(getattr(dist, name))]
@@ -51,15 +46,12 @@ def main(checkpoint, output):
 
 
 def count_phases(checkpoint, decode):
-    sizes = {"attention": {"block_size": 32}, "parallel": {"decode": decode}}
-    config = parse(GenerateConfig, {"checkpoint": checkpoint, "context": "-", "query": "-", **sizes})
-    groups = create_groups(plan_layout(config.parallel, kind="star", world_size=2))
-    over_cp = (groups.cp, groups.collection.tp_cp)
-    engine = build_engine(config, read_description(Path(checkpoint)), groups, torch.device("cpu"))
-    context = [i * i % 251 for i in range(100)]
+    llm = LLM(checkpoint, attention={"block_size": 32}, parallel={"decode": decode})
+    over_cp = (llm.groups.cp, llm.groups.collection.tp_cp)
+    contexts = []
+    prefill = count(over_cp, lambda: contexts.append(llm.engine.encode([i * i % 251 for i in range(100)])))
     choose = lambda logits: (1, False)  # noqa: E731
-    prefill = count(over_cp, lambda: engine.encode_context(context, new_tokens=10))
-    steps = count(over_cp, lambda: list(engine.generate([1, 2, 3], tokens_to_generate=1, choose=choose)))
+    steps = count(over_cp, lambda: list(llm.engine.generate(contexts[0], [1, 2, 3], max_tokens=1, choose=choose)))
     return {"prefill": prefill, "decode": steps}
 
 

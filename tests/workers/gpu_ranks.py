@@ -14,12 +14,13 @@ from golden import CASES, FEW, GOLDEN
 from safetensors.torch import load_file
 
 from nemo_star.checkpoint.description import read_description
-from nemo_star.config.generate import GenerateConfig
+from nemo_star.config.llm import LLMConfig
 from nemo_star.config.strict import parse
+from nemo_star.engine.build import build_engine
+from nemo_star.methods.registry import method_of
 from nemo_star.parallel.groups import create_groups
 from nemo_star.parallel.layout import plan_layout
 from nemo_star.runtime.launch import run_as_tool
-from nemo_star.serving.generate import build_engine
 
 
 def run(checkpoint, case, kind, layout, device):
@@ -30,19 +31,17 @@ def run(checkpoint, case, kind, layout, device):
         star["anchor_size"] = case["anchor_block_size"]
     values = {
         "checkpoint": checkpoint,
-        "context": "-",
-        "query": "-",
         "dtype": "float32",
         "attention": {"kind": kind, "kernel": "math", **star},
         "parallel": {"tensor_model_parallel_size": tp, "context_parallel_size": cp},
     }
-    config = parse(GenerateConfig, values)
-    groups = create_groups(plan_layout(config.parallel, kind=kind, world_size=dist.get_world_size()))
+    config = parse(LLMConfig, values)
+    groups = create_groups(plan_layout(config.parallel, method_of(config.attention), world_size=dist.get_world_size()))
     engine = build_engine(config, read_description(Path(checkpoint)), groups, device)
     tokens = case["max_new_tokens"]
-    engine.encode_context(case["context_ids"], new_tokens=len(case["query_ids"]) + tokens)
+    context = engine.encode(case["context_ids"])
     choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
-    steps = list(engine.generate(case["query_ids"], tokens_to_generate=tokens, choose=choose))
+    steps = list(engine.generate(context, case["query_ids"], max_tokens=tokens, choose=choose))
     if dist.get_rank() > 0:
         return None
     prefix = "fullctx_" if case["has_fullctx"] else ""

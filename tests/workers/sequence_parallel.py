@@ -12,40 +12,39 @@ import torch
 import torch.distributed as dist
 
 from nemo_star.checkpoint.description import read_description
-from nemo_star.config.generate import GenerateConfig
+from nemo_star.config.llm import LLMConfig
 from nemo_star.config.strict import parse
+from nemo_star.engine.build import build_engine
 from nemo_star.parallel.groups import create_groups, gather_objects, initialize
 from nemo_star.parallel.layout import plan_layout
 from nemo_star.runtime.launch import run_as_tool
-from nemo_star.serving.generate import build_engine
 
 
 def run(checkpoint, block_size, sequence_parallel, dtype="float32"):
     """(K/V cached by this rank's first layer, logits on the first rank, lengths of hidden states before the layers)."""
+    parallel = {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": sequence_parallel,
+    }
     values = {
         "checkpoint": checkpoint,
-        "context": "-",
-        "query": "-",
         "dtype": dtype,
         "attention": {"block_size": block_size},
-        "parallel": {
-            "tensor_model_parallel_size": 2,
-            "pipeline_model_parallel_size": 2,
-            "sequence_parallel": sequence_parallel,
-        },
+        "parallel": parallel,
     }
-    config = parse(GenerateConfig, values)
-    groups = create_groups(plan_layout(config.parallel, kind="star", world_size=4))
+    config = parse(LLMConfig, values)
+    groups = create_groups(plan_layout(config.parallel, None, world_size=4))
     engine = build_engine(config, read_description(Path(checkpoint)), groups, torch.device("cpu"))
     lengths = []
     first_layer = engine.stage.model.decoder.layers[0]
     first_layer.register_forward_pre_hook(
         lambda module, args, keywords: lengths.append((*args, *keywords.values())[0].shape[0]), with_kwargs=True
     )
-    engine.encode_context([i * i % 251 for i in range(100)], new_tokens=10)
-    cached = [x.clone() for x in engine.state.cache.get(engine.stage.layer_numbers[-1])]
+    context = engine.encode([i * i % 251 for i in range(100)])
+    cached = [x.clone() for x in context.cache.get(engine.stage.layer_numbers[-1])]
     choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
-    steps = list(engine.generate([1, 2, 3], tokens_to_generate=2, choose=choose))
+    steps = list(engine.generate(context, [1, 2, 3], max_tokens=2, choose=choose))
     logits = [step.logits for step in steps if step.logits is not None]
     return cached, logits, lengths
 

@@ -1,0 +1,72 @@
+"""What a forward pass is for: set by the engine before it, read by the layers in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+
+from nemo_star.attention.cache import KVCache
+from nemo_star.kernels.registry import Kernel
+from nemo_star.methods.partition import Block, Partition
+
+
+class Handover(Protocol):
+    """What a method hands from rank to rank, or from block to block, during one prefill."""
+
+    waited_seconds: float
+    """Spent on waiting for other ranks (CPU; a GPU waits in its own queue)."""
+
+    def finish(self) -> None:
+        """After the rank's last block: take part in what others still need, free everything."""
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """One block of a context is encoded: tokens `method.in_flight(block)`, one sequence."""
+
+    block: Block
+    partition: Partition
+    cache: KVCache
+    """Of the context: the block's own K/V go here."""
+    handover: Handover | None = None
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """Tokens of one sequence in a decode step: rows [start, stop) of the step's tokens."""
+
+    start: int
+    stop: int
+    context: KVCache
+    """K/V of the context on this rank; only read."""
+    own: KVCache
+    """K/V of the sequence's own tokens on this rank."""
+    caches_own: bool
+    """The K/V of these rows are cached here: on exactly one rank of the cp group."""
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Query or generated tokens of several sequences, one after the other along the token dimension."""
+
+    sequences: tuple[SequenceRows, ...]
+
+
+@dataclass
+class AttentionState:
+    """What the layers of one model share, and the engine steers.
+
+    It reaches the layers through their constructor (`functools.partial` in the layer spec), not through the
+    TransformerConfig, which Megatron may copy.
+    """
+
+    kernel: Kernel
+    """Computes in the model's type: prefill."""
+    decode_kernel: Kernel
+    """Computes in the cache's type."""
+    cp_group: dist.ProcessGroup
+    decode_group: dist.ProcessGroup | None = None
+    """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
+    step: PrefillStep | DecodeStep | None = None

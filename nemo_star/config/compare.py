@@ -1,0 +1,53 @@
+"""Words of `compare`: what tools/benchmark.py measures and tools/plan.py plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.method import Method
+from nemo_star.methods.registry import known_kinds, method_class, method_of
+
+DECODE_MODES = ("replicated", "sharded")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A word of `compare`: METHOD[:VARIANT][+decode:MODE], e.g. star:recompute+decode:sharded."""
+
+    word: str
+    kind: str
+    variant: str | None = None
+    decode: str | None = None
+
+    @classmethod
+    def parse(cls, word: str) -> Candidate:
+        """Raises ValueError for a word that means nothing, with those that do."""
+        main, plus, mode = word.partition("+")
+        kind, colon, variant = main.partition(":")
+        option, _, decode = mode.partition(":")
+        try:
+            method = method_class(kind)
+        except ValueError as error:
+            raise ValueError(f"compare: {word!r} is unknown; known: {_known()}") from error
+        right_variant = not colon or variant in method.variants
+        right_decode = not plus or (option == "decode" and decode in DECODE_MODES and method.shares_context)
+        if not (right_variant and right_decode):
+            raise ValueError(f"compare: {word!r} is unknown; known: {_known()}")
+        return cls(word, kind, variant or None, decode or None)
+
+    def method(self, settings: AttentionConfig) -> Method:
+        """The method with `settings`, less what the word itself says."""
+        changes = {"kind": self.kind, **({"anchor": self.variant} if self.variant else {})}
+        return method_of(dataclasses.replace(settings, **changes))  # type: ignore[arg-type]
+
+
+def _known() -> str:
+    alone: list[str] = []
+    shared: list[str] = []
+    for kind in known_kinds():
+        method = method_class(kind)
+        words = [f"{kind}:{variant}" for variant in method.variants] or [kind]
+        (shared if method.shares_context else alone).extend(words)
+    return f"{', '.join(shared)}, each with +decode:sharded or +decode:replicated if wanted, and {', '.join(alone)}"

@@ -1,0 +1,254 @@
+"""The front door: a converted checkpoint that encodes contexts and answers questions about them.
+
+    from nemo_star import LLM, SamplingParams
+
+    llm = LLM("DIR", attention={"kind": "star", "block_size": 2048})
+    book = llm.encode("Call me Ishmael. ...")
+    results = llm.generate(book, ["Who tells the story?", "When?"], SamplingParams(max_tokens=32))
+
+Under torchrun every rank runs the same script and gets the same results; plain python is one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from nemo_star.checkpoint.description import HF_FOLDER, read_description
+from nemo_star.config.llm import LLMConfig
+from nemo_star.config.sampling import SamplingParams
+from nemo_star.config.strict import parse
+from nemo_star.engine.build import build_engine, dtype_name
+from nemo_star.engine.context import EncodedContext
+from nemo_star.engine.engine import Engine
+from nemo_star.methods.registry import method_of
+from nemo_star.models.sequence_parallel import check_sequence_parallel
+from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_every_rank, on_first_rank
+from nemo_star.parallel.layout import check_layout, plan_layout
+from nemo_star.planning.limit import MemoryLimit
+from nemo_star.planning.work import Workload
+from nemo_star.runtime.launch import environment_world_size
+from nemo_star.runtime.memory import FreeMemory, free_memory
+from nemo_star.runtime.watchdog import watchdog_of_this_job
+from nemo_star.text.completion import Completion, Result
+from nemo_star.text.ids import check_ids, check_text
+from nemo_star.text.tokenizer import Tokenizer, end_token_ids
+
+Text = str | Sequence[int]
+"""Text, or token ids."""
+
+
+class LLM:
+    """A model on all ranks that were started, `tp * cp * pp` of them to a replica.
+
+    Args:
+        checkpoint: directory made by `nemo-star convert import`.
+        dtype: float32, bfloat16 or float16, which the model computes in; None: float32 on CPU, bfloat16 on GPU.
+        attention, parallel, cache: a recipe's groups, with its keys; what is left out has the recipes' defaults.
+        chat_template: wrap contexts and queries as the tokenizer's chat template says.
+
+    Raises:
+        ValueError: on all ranks alike: what does not fit together, by name, before weights are loaded.
+    """
+
+    config: LLMConfig
+    engine: Engine
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: str | None = None,
+        attention: Mapping[str, Any] | None = None,
+        parallel: Mapping[str, Any] | None = None,
+        cache: Mapping[str, Any] | None = None,
+        chat_template: bool = False,
+    ) -> None:
+        values = {
+            "checkpoint": str(checkpoint),
+            "dtype": dtype,
+            "chat_template": chat_template,
+            "attention": attention or {},
+            "parallel": parallel or {},
+            "cache": cache or {},
+        }
+        self._open(parse(LLMConfig, values), free_memory)
+        self.load_weights()
+        # Between calls the caller works as long as it likes.
+        self._exits.enter_context(self.watchdog.suspended("the caller's own work"))
+
+    @classmethod
+    def opened(cls, config: LLMConfig, free_memory: Callable[[torch.device], FreeMemory] = free_memory) -> Self:
+        """An LLM whose weights are not loaded yet (`load_weights`): what can be checked without them is checked.
+
+        Args:
+            free_memory: what a rank's device has left; a context that certainly does not fit is refused.
+        """
+        llm = cls.__new__(cls)
+        llm._open(config, free_memory)
+        return llm
+
+    def _open(self, config: LLMConfig, free: Callable[[torch.device], FreeMemory]) -> None:
+        self.config = config
+        self.method = method_of(config.attention)
+        layout = plan_layout(config.parallel, self.method, world_size=environment_world_size())
+        self._exits = ExitStack()
+        self.watchdog = self._exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
+        self.device = initialize()
+        check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
+        self.groups = create_groups(layout)
+        folder = Path(str(config.checkpoint))
+        self.description = on_first_rank(lambda: read_description(folder))
+        check_layout(self.description.model, layout, self.method)
+        work = Workload(
+            self.description.model,
+            layout,
+            self.method,
+            context_tokens=0,
+            dtype=dtype_name(config, self.device),
+            cache_dtype=config.cache.dtype,
+        )
+        self._limit = MemoryLimit(work, gather_objects(free(self.device)))
+        self._limit.check(0)
+        answers = self.is_first_of_replica
+        self.tokenizer = on_every_rank(lambda: Tokenizer.load(folder / HF_FOLDER) if answers else None)
+        self.end_ids = end_token_ids(folder / HF_FOLDER, self.tokenizer) if answers else frozenset()
+
+    def load_weights(self) -> None:
+        """Build the model and load its weights: the expensive part."""
+        with self.watchdog.suspended("loading the weights"):
+            self.engine = build_engine(self.config, self.description, self.groups, self.device)
+        self.watchdog.watch_layers(self.engine.stage.model.decoder.layers)
+
+    def close(self) -> None:
+        """End the watchdog; the process groups stay until the process ends."""
+        self._exits.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank chooses tokens."""
+        return self.groups.replica.rank() == 0
+
+    def encode(self, context: Text, *, on_block: Callable[[], None] = lambda: None) -> EncodedContext:
+        """Encode a context: text (BOS goes before it) or token ids, on all ranks of all replicas.
+
+        Args:
+            on_block: called after each of this rank's blocks.
+
+        Raises:
+            ValueError: an empty or unknown text or token, or a context that certainly does not fit.
+        """
+        with self.watchdog.resumed():
+            ids = self._ids([("context", context)])[0]
+            self.check(len(ids))
+            return self.engine.encode(ids, on_block=on_block)
+
+    def generate(
+        self, context: EncodedContext, queries: Text | Sequence[Text], params: SamplingParams | None = None
+    ) -> list[Result]:
+        """Answer queries (text or token ids) about a context, which stays as it is; one result a query, in order.
+
+        Replicas divide the queries; every rank gets all results.
+
+        Raises:
+            ValueError: an empty or unknown text or token, or what the checkpoint's tokenizer would have to give.
+        """
+        params = params or SamplingParams()
+        with self.watchdog.resumed():
+            self.check_sampling(params)
+            query_ids = self._ids([("query", query) for query in _several(queries)])
+            return self._answer_all(context, query_ids, params)
+
+    def answer(
+        self,
+        context: EncodedContext,
+        query_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        show: Callable[[str], None] = lambda text: None,
+    ) -> Result | None:
+        """Answer one query on the ranks of a replica; on its first rank, the result.
+
+        Args:
+            show: called there with text as it becomes final.
+        """
+        completion = None
+        if self.is_first_of_replica:
+            completion = Completion(params, params.seed + sample, self.tokenizer, end_ids=self.end_ids, show=show)
+        steps = self.engine.generate(
+            context, query_ids, max_tokens=params.max_tokens, choose=completion.choose if completion else None
+        )
+        for step in steps:
+            if completion:
+                completion.keep(step)
+        return completion.finish() if completion else None
+
+    def check(self, context_tokens: int, new_tokens: int = 0) -> list[str]:
+        """Refuse sizes that cannot run; warnings of those that hardly make sense.
+
+        Raises:
+            ValueError: names the numbers.
+        """
+        self.method.sizes(context_tokens)
+        self._limit.check(context_tokens)
+        warnings = [warning] if (warning := self.method.warning(context_tokens)) else []
+        last, trained = context_tokens + new_tokens, self.description.model.max_position_embeddings
+        if trained is not None and last > trained:
+            warnings.append(
+                f"context, query and answer take up to {last} positions, the model was trained for {trained}: "
+                "answers may be poor"
+            )
+        return warnings
+
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Refuse what needs text where there is no tokenizer, on all ranks."""
+        on_first_rank(lambda: _check_stop(params, self.tokenizer))
+
+    def _answer_all(self, context: EncodedContext, query_ids: list[list[int]], params: SamplingParams) -> list[Result]:
+        replica, replicas = self.groups.dp.rank(), self.groups.dp.size()
+        jobs = [(query, sample) for query in range(len(query_ids)) for sample in range(params.n)]
+        mine = {job: self.answer(context, query_ids[job[0]], params, sample=job[1]) for job in jobs[replica::replicas]}
+        found: dict[tuple[int, int], Result] = {}
+        for answers in gather_objects(mine):
+            found.update({job: result for job, result in answers.items() if result is not None})
+        by_query = [tuple(found[query, sample] for sample in range(params.n)) for query in range(len(query_ids))]
+        return [replace(samples[0], samples=samples) for samples in by_query]
+
+    def _ids(self, texts: Sequence[tuple[str, Text]]) -> list[list[int]]:
+        """Token ids of named texts, tokenized once for all ranks."""
+        return on_first_rank(lambda: [self._ids_of(name, text) for name, text in texts])
+
+    def _ids_of(self, name: str, text: Text) -> list[int]:
+        if isinstance(text, str):
+            check_text(name, text, self.tokenizer)
+            assert self.tokenizer is not None
+            encode = self.tokenizer.encode_context if name == "context" else self.tokenizer.encode_query
+            return encode(text, chat_template=self.config.chat_template)
+        ids = list(text)
+        check_ids(name, ids, self.description.model.vocab_size)
+        return ids
+
+
+def _several(queries: Text | Sequence[Text]) -> list[Text]:
+    """One query, text or token ids, is a list of one."""
+    if isinstance(queries, str):
+        return [queries]
+    single = [query for query in queries if isinstance(query, int)]
+    return [single] if single else [query for query in queries if not isinstance(query, int)]
+
+
+def _check_stop(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    if params.stop and tokenizer is None:
+        raise ValueError("strings that end an answer (stop, inference.end_strings) need a checkpoint with a tokenizer")

@@ -1,0 +1,145 @@
+"""Star Attention, phase 1 (arXiv 2411.17116, section 2.1): blocks that see themselves and the anchor.
+
+Block 0 attends causally to itself; every later block causally to itself and in full to the anchor, the first
+`anchor_size` tokens of block 0, at the anchor's own positions. Blocks are dealt out contiguously, the first ranks one
+more; a rank may have none. The anchor is computed once and handed to the other ranks (`attention.anchor=shared`), or
+its tokens run through the layers again with every block, as published (`recompute`).
+"""
+
+from __future__ import annotations
+
+from nemo_star.methods.method import CountedBlock, Exchange, Heads, Method, Share
+from nemo_star.methods.partition import Block, Partition, Span, length, shares, triangle
+
+DEFAULT_BLOCKS = 4
+MAX_DEFAULT_BLOCK_SIZE = 32768
+SMALL_BLOCK_TOKENS = 16
+
+
+class Star(Method):
+    """Anchored local prefill."""
+
+    kind = "star"
+    attention = "nemo_star.attention.star:StarAttention"
+    exact = False
+    has_blocks = True
+    variants = ("shared", "recompute")
+
+    @property
+    def shares_anchor(self) -> bool:
+        return self.settings.anchor == "shared"
+
+    def sizes(self, context_tokens: int) -> tuple[int, int]:
+        default = min(-(-context_tokens // DEFAULT_BLOCKS), MAX_DEFAULT_BLOCK_SIZE)
+        settings = self.settings
+        block_size = default if settings.block_size is None else settings.block_size
+        anchor_size = block_size if settings.anchor_size is None else settings.anchor_size
+        if anchor_size > block_size:
+            raise ValueError(
+                f"attention.anchor_size={anchor_size} is larger than the block size {block_size} "
+                f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
+                "the anchor is a part of the first block"
+            )
+        return block_size, anchor_size
+
+    def partition(self, context_tokens: int, cp_size: int) -> Partition:
+        block_size, anchor_size = self.sizes(context_tokens)
+        blocks = [
+            self._block(index, start, min(start + block_size, context_tokens), anchor_size)
+            for index, start in enumerate(range(0, context_tokens, block_size))
+        ]
+        bounds = shares(len(blocks), cp_size)
+        return Partition(context_tokens, tuple(tuple(blocks[start:stop]) for start, stop in bounds))
+
+    def describe(self, context_tokens: int) -> str:
+        block_size, anchor_size = self.sizes(context_tokens)
+        blocks = -(-context_tokens // block_size)
+        anchor = f"anchor of {anchor_size} tokens ({self.settings.anchor})"
+        return f"{blocks} blocks of {block_size} tokens, {anchor}"
+
+    def warning(self, context_tokens: int) -> str | None:
+        size = self.settings.block_size
+        if size is None or size >= SMALL_BLOCK_TOKENS:
+            return None
+        return f"attention.block_size is {size} tokens (tokens, not K): is that meant?"
+
+    def in_flight(self, block: Block) -> tuple[Span, ...]:
+        return block.spans if self.shares_anchor else (*block.sees, *block.spans)
+
+    def pairs(self, block: Block) -> int:
+        """Causal in itself, all of the anchor, causal in a recomputed anchor."""
+        anchor = length(block.sees)
+        again = 0 if self.shares_anchor else triangle(anchor)
+        return triangle(block.tokens) + block.tokens * anchor + again
+
+    # A hundred million tokens may be a million blocks, but only three kinds of them: the first, a full one, the last.
+
+    def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
+        start, stop = _bounds(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank)
+        return self._counted(context_tokens, start, stop)
+
+    def all_blocks(self, context_tokens: int, cp_size: int) -> list[CountedBlock]:
+        return self._counted(context_tokens, 0, self.num_blocks(context_tokens, cp_size))
+
+    def num_blocks(self, context_tokens: int, cp_size: int) -> int:
+        return -(-context_tokens // self.sizes(context_tokens)[0])
+
+    def tokens_by_rank(self, context_tokens: int, cp_size: int) -> list[int]:
+        block_size, blocks = self.sizes(context_tokens)[0], self.num_blocks(context_tokens, cp_size)
+        ends = [
+            [min(end * block_size, context_tokens) for end in _bounds(blocks, cp_size, rank)] for rank in range(cp_size)
+        ]
+        return [stop - start for start, stop in ends]
+
+    def ranks_to_plan(self, context_tokens: int, cp_size: int) -> list[int]:
+        blocks = self.num_blocks(context_tokens, cp_size)
+        extra = blocks % cp_size
+        ends = {0, 1, extra - 1, extra, cp_size - 1, min(blocks, cp_size) - 1}
+        return [rank for rank in sorted(ends) if 0 <= rank < cp_size]
+
+    def exchanges(self, block: Block, share: Share, heads: Heads) -> list[Exchange]:
+        """A broadcast of the anchor's K/V, once for all blocks of a rank, while the layer computes."""
+        if not self._hands_on(share):
+            return []
+        anchor = self.sizes(share.context_tokens)[1]
+        return [Exchange(2 * heads.kv * anchor, share.cp_size, blocks=max(1, share.num_blocks), beside_layer=1.0)]
+
+    def attention_bytes(self, tokens: int, share: Share, heads: Heads, itemsize: int) -> float:
+        """The anchor's K/V joined to a block's."""
+        anchor = self.sizes(share.context_tokens)[1]
+        return 2 * (tokens + anchor) * heads.kv * itemsize if self._hands_on(share) else 0.0
+
+    def kept_bytes(self, share: Share, heads: Heads, itemsize: int, *, layers: int) -> float:
+        """The anchor's K/V: of every layer until the rank's last block, else of the layer in flight and the next."""
+        kept = layers if share.num_blocks > 1 else min(2, layers)
+        anchor = self.sizes(share.context_tokens)[1]
+        return kept * 2 * anchor * heads.kv * itemsize if self._hands_on(share) else 0.0
+
+    def _hands_on(self, share: Share) -> bool:
+        return self.shares_anchor and share.all_blocks > 1
+
+    def _counted(self, context_tokens: int, start: int, stop: int) -> list[CountedBlock]:
+        """Blocks `start` to `stop` of the context: the first, one full one for all those between, the last."""
+        block_size, anchor_size = self.sizes(context_tokens)
+        last = -(-context_tokens // block_size) - 1
+        counted = []
+        if start == 0 < stop:
+            counted.append((self._block(0, 0, min(block_size, context_tokens), anchor_size), 1))
+            start = 1
+        between = min(stop, last) - start
+        if between > 0:
+            counted.append((self._block(start, start * block_size, (start + 1) * block_size, anchor_size), between))
+        if start <= last < stop:
+            counted.append((self._block(last, last * block_size, context_tokens, anchor_size), 1))
+        return counted
+
+    @staticmethod
+    def _block(index: int, start: int, stop: int, anchor_size: int) -> Block:
+        return Block(index, ((start, stop),), ((0, anchor_size),) if index and anchor_size else ())
+
+
+def _bounds(total: int, count: int, index: int) -> Span:
+    """Run number `index` of `partition.shares(total, count)`, without the others."""
+    share, extra = divmod(total, count)
+    start = index * share + min(index, extra)
+    return start, start + share + (index < extra)
