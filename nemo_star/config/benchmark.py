@@ -48,6 +48,4 @@ class BenchmarkConfig:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        return tuple(
-            Candidate(word, TRANSFORMERS) if word == TRANSFORMERS else Candidate.parse(word) for word in self.compare
-        )
+        return tuple(Candidate.parse(word, others=(TRANSFORMERS,)) for word in self.compare)

@@ -22,19 +22,21 @@ class Candidate:
     decode: str | None = None
 
     @classmethod
-    def parse(cls, word: str) -> Candidate:
-        """Raises ValueError for a word that means nothing, with those that do."""
+    def parse(cls, word: str, *, others: tuple[str, ...] = ()) -> Candidate:
+        """Raises ValueError for a word that means nothing, with those that do; `others` stand for themselves."""
+        if word in others:
+            return cls(word, word)
         main, plus, mode = word.partition("+")
         kind, colon, variant = main.partition(":")
         option, _, decode = mode.partition(":")
         try:
             method = method_class(kind)
         except ValueError as error:
-            raise ValueError(f"compare: {word!r} is unknown; known: {_known()}") from error
+            raise ValueError(f"compare: {word!r} is unknown; known: {_known(others)}") from error
         right_variant = not colon or variant in method.variants
         right_decode = not plus or (option == "decode" and decode in DECODE_MODES and method.shares_context)
         if not (right_variant and right_decode):
-            raise ValueError(f"compare: {word!r} is unknown; known: {_known()}")
+            raise ValueError(f"compare: {word!r} is unknown; known: {_known(others)}")
         return cls(word, kind, variant or None, decode or None)
 
     def method(self, settings: AttentionConfig) -> Method:
@@ -43,11 +45,11 @@ class Candidate:
         return method_of(dataclasses.replace(settings, **changes))  # type: ignore[arg-type]
 
 
-def _known() -> str:
+def _known(others: tuple[str, ...]) -> str:
     alone: list[str] = []
     shared: list[str] = []
     for kind in known_kinds():
         method = method_class(kind)
         words = [f"{kind}:{variant}" for variant in method.variants] or [kind]
         (shared if method.shares_context else alone).extend(words)
-    return f"{', '.join(shared)}, each with +decode:sharded or +decode:replicated if wanted, and {', '.join(alone)}"
+    return f"{', '.join(shared)}, each with +decode:sharded or +decode:replicated if wanted, and {', '.join((*alone, *others))}"
