@@ -11,15 +11,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_star.attention import AttentionState
-from nemo_star.attention.cache import KVCache
+from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.engine import Engine
-from nemo_star.kernels.registry import get_kernel
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.models.build import star_layer_spec
-from nemo_star.models.decode_sharding import install
 from nemo_star.models.rotary import PositionRotaryEmbedding
-from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import groups_from_parallel_state
 
 VOCAB_SIZE = 128
@@ -37,9 +33,9 @@ def build_engine() -> Engine:
         transformer_impl="local",  # on a GPU with Transformer Engine: leave it, and give 16-bit types
         cuda_graph_scope=[],
     )
-    # One state, shared by the layers (through the spec) and the engine that steers them.
-    kernel = get_kernel("auto", torch.device("cpu"), torch.float32)
-    state = AttentionState(cache=KVCache(), kernel=kernel, decode_kernel=kernel, cp_group=groups.cp)
+    # Shared by the layers (through the spec) and the engine that steers them. A model without biases can also divide
+    # decode over the cp ranks: divides_decode=True.
+    state = attention_state(AttentionConfig(block_size=64), groups, device=torch.device("cpu"), dtype=torch.float32)
     torch.manual_seed(0)
     model = GPTModel(
         config,
@@ -49,20 +45,16 @@ def build_engine() -> Engine:
         position_embedding_type="none",  # the engine gives the layers their rotary angles
         pg_collection=groups.collection,
     ).eval()
-    # Optional: long blocks go through the MLP in chunks. A model without biases can also divide decode over the cp
-    # ranks: give the state `decode_group=groups.collection.tp_cp`, and the stage the same.
-    install(model, state)
     rotary = PositionRotaryEmbedding(config.kv_channels, base=10000.0)
-    stage = Stage(model, rotary, groups.pp, VOCAB_SIZE)
-    return Engine(stage, state, groups, AttentionConfig(block_size=64))
+    return engine_around(model, state, groups, rotary=rotary, vocab_size=VOCAB_SIZE)
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
     engine = build_engine()
-    engine.encode_context([i * i % VOCAB_SIZE for i in range(300)], new_tokens=16)
-    steps = engine.generate([5, 6, 7], tokens_to_generate=8, choose=lambda logits: (int(logits.argmax()), False))
+    context = engine.encode([i * i % VOCAB_SIZE for i in range(300)])
+    steps = engine.generate(context, [5, 6, 7], max_tokens=8, choose=lambda logits: (int(logits.argmax()), False))
     tokens = [step.token for step in steps]
     if dist.get_rank() == 0:
         print(*tokens)

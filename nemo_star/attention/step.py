@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 from nemo_star.attention.cache import KVCache
 from nemo_star.kernels.registry import Kernel
+from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition
 
 
@@ -62,11 +64,15 @@ class AttentionState:
     TransformerConfig, which Megatron may copy.
     """
 
+    method: Method
+    """How contexts are encoded."""
+    cp_group: dist.ProcessGroup
     kernel: Kernel
     """Computes in the model's type: prefill."""
     decode_kernel: Kernel
     """Computes in the cache's type."""
-    cp_group: dist.ProcessGroup
+    cache_dtype: torch.dtype
+    """Of cached K/V."""
     decode_group: dist.ProcessGroup | None = None
     """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
     step: PrefillStep | DecodeStep | None = None

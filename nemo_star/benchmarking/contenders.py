@@ -15,17 +15,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nemo_star.attention.step import AttentionState
 from nemo_star.benchmarking.probe import time_cache_reads
 from nemo_star.config.benchmark import TRANSFORMERS, BenchmarkConfig
 from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
+from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.engine import Engine
-from nemo_star.kernels.registry import get_kernel
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model, build_rotary
-from nemo_star.models.decode_sharding import install
-from nemo_star.models.stage import Stage
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
 from nemo_star.parallel.groups import Groups
 from nemo_star.parallel.layout import Layout, check_layout
@@ -177,22 +174,23 @@ def _engine(
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     layout, groups = place
-    kernel = get_kernel(method.settings.kernel, device, dtype)
-    decode_group = groups.collection.tp_cp if sliced else None
-    state = AttentionState(kernel, kernel, groups.cp, decode_group)
-    built = build_model(model, method=method, state=state, groups=groups.collection, dtype=dtype, device=device)
-    parts = dataclasses.replace(layout, cp=1)
-    if parts not in drawn:
+    state = attention_state(method.settings, groups, device=device, dtype=dtype, divides_decode=bool(sliced))
+    built = build_model(model, state=state, groups=groups.collection, dtype=dtype, device=device)
+    weights_layout = dataclasses.replace(layout, cp=1)
+    if weights_layout not in drawn:
         _draw(built)
-        drawn[parts] = {name: weight.data for name, weight in built.named_parameters()}
+        drawn[weights_layout] = {name: weight.data for name, weight in built.named_parameters()}
     for name, weight in built.named_parameters():
-        weight.data = drawn[parts][name]
-    install(built, state, sliced)
-    rotary = build_rotary(model, device)
-    stage = Stage(
-        built, rotary, groups.pp, model.vocab_size, decode_group=decode_group, sequence_parallel=sequence_parallel
+        weight.data = drawn[weights_layout][name]
+    return engine_around(
+        built,
+        state,
+        groups,
+        rotary=build_rotary(model, device),
+        vocab_size=model.vocab_size,
+        sliced=sliced,
+        sequence_parallel=sequence_parallel,
     )
-    return Engine(stage, state, groups, method)
 
 
 def _draw(built: torch.nn.Module) -> None:

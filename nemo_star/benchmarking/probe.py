@@ -23,7 +23,7 @@ def time_cache_reads(engine: Engine, context: EncodedContext) -> dict[str, float
     shape = stage.kv_shape
     heads = stage.model.config.num_attention_heads // stage.model.tp_group.size()
     layers = [kv for number in stage.layer_numbers if (kv := context.cache.get(number)) is not None]
-    dtype = engine.cache_dtype
+    dtype = engine.state.cache_dtype
     q = torch.randn(1, shape.batch, heads, shape.channels, device=shape.device).to(dtype)
     scale = shape.channels**-0.5
 

@@ -52,4 +52,5 @@ def _known(others: tuple[str, ...]) -> str:
         method = method_class(kind)
         words = [f"{kind}:{variant}" for variant in method.variants] or [kind]
         (shared if method.shares_context else alone).extend(words)
-    return f"{', '.join(shared)}, each with +decode:sharded or +decode:replicated if wanted, and {', '.join((*alone, *others))}"
+    rest = ", ".join((*alone, *others))
+    return f"{', '.join(shared)}, each with +decode:sharded or +decode:replicated if wanted, and {rest}"

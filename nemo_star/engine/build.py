@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from nemo_star.attention.step import AttentionState
 from nemo_star.checkpoint.description import CheckpointDescription
@@ -12,11 +13,13 @@ from nemo_star.checkpoint.load import load_weights
 from nemo_star.config.llm import LLMConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model, build_rotary
 from nemo_star.models.decode_sharding import install
+from nemo_star.models.rotary import PositionRotaryEmbedding
 from nemo_star.models.stage import Stage
-from nemo_star.parallel.decode_slices import sliced_matrices
+from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.groups import Groups
 
 
@@ -27,27 +30,83 @@ def dtype_name(config: LLMConfig, device: torch.device) -> str:
 
 def build_engine(config: LLMConfig, description: CheckpointDescription, groups: Groups, device: torch.device) -> Engine:
     """The checkpoint's model on this rank, weights loaded, ready to encode."""
-    dtype = getattr(torch, dtype_name(config, device))
-    cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
-    method, shape = method_of(config.attention), description.model
+    dtype, shape = getattr(torch, dtype_name(config, device)), description.model
     sliced = sliced_matrices(
         config.parallel.decode, shape, groups.layout, itemsize=dtype.itemsize, device_type=device.type
     )
-    state = AttentionState(
-        kernel=get_kernel(config.attention.kernel, device, dtype),
-        decode_kernel=get_kernel(config.attention.kernel, device, cache_dtype),
-        cp_group=groups.cp,
-        decode_group=groups.collection.tp_cp if sliced else None,
+    cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
+    state = attention_state(
+        config.attention, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
     )
-    model = build_model(shape, method=method, state=state, groups=groups.collection, dtype=dtype, device=device)
+    model = build_model(shape, state=state, groups=groups.collection, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)))
+    rotary = build_rotary(shape, device)
+    return engine_around(
+        model,
+        state,
+        groups,
+        rotary=rotary,
+        vocab_size=shape.vocab_size,
+        sliced=sliced,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+
+
+def attention_state(
+    attention: AttentionConfig,
+    groups: Groups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    divides_decode: bool = False,
+) -> AttentionState:
+    """What the attention layers of a model need before it is built (`star_layer_spec`).
+
+    Args:
+        dtype: the model computes in.
+        cache_dtype: of cached K/V; None: the model's.
+        divides_decode: cp ranks share the work of a token (parallel.decode=sharded).
+
+    Raises:
+        ValueError: the kernel that `attention` asks for does not run here.
+    """
+    cache_dtype = cache_dtype or dtype
+    return AttentionState(
+        method=method_of(attention),
+        cp_group=groups.cp,
+        kernel=get_kernel(attention.kernel, device, dtype),
+        decode_kernel=get_kernel(attention.kernel, device, cache_dtype),
+        cache_dtype=cache_dtype,
+        decode_group=groups.collection.tp_cp if divides_decode else None,
+    )
+
+
+def engine_around(
+    model: GPTModel,
+    state: AttentionState,
+    groups: Groups,
+    *,
+    rotary: PositionRotaryEmbedding,
+    vocab_size: int,
+    sliced: frozenset[Sliced] = frozenset({"ffn", "head"}),
+    sequence_parallel: bool = False,
+) -> Engine:
+    """An engine around a GPTModel, weights loaded, whose layers come from `star_layer_spec(config, state)`.
+
+    Args:
+        rotary: angles for the layers, by position id.
+        vocab_size: true size, without rows that pad it to tp.
+        sliced: what cp ranks divide of a token's work, where `state` says that they do.
+        sequence_parallel: hidden states of context blocks divided over tp ranks.
+    """
     install(model, state, sliced)
     stage = Stage(
         model,
-        build_rotary(shape, device),
+        rotary,
         groups.pp,
-        shape.vocab_size,
+        vocab_size,
         decode_group=state.decode_group,
-        sequence_parallel=config.parallel.sequence_parallel,
+        sequence_parallel=sequence_parallel,
     )
-    return Engine(stage, state, groups, method, cache_dtype=cache_dtype)
+    return Engine(stage, state, groups)

@@ -15,7 +15,6 @@ from nemo_star.attention.cache import KVCache
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.engine.context import EncodedContext, Sequence
-from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects
@@ -50,25 +49,14 @@ class Engine:
     Args:
         stage: this rank's part of the model.
         state: what the model's attention layers were built with.
-        method: how contexts are encoded.
-        cache_dtype: of cached K/V; None: the model's.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        state: AttentionState,
-        groups: Groups,
-        method: Method,
-        *,
-        cache_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, stage: Stage, state: AttentionState, groups: Groups) -> None:
         self.stage = stage
         self.state = state
         self.groups = groups
-        self.method = method
+        self.method = state.method
         self.device, self.dtype = stage.device, stage.dtype
-        self.cache_dtype = cache_dtype or stage.dtype
 
     def describe(self) -> str:
         """How it computes, for a person."""
@@ -87,7 +75,7 @@ class Engine:
         started = time.perf_counter()
         partition = self.method.partition(len(context_ids), self.groups.cp.size())
         cp_rank = self.groups.cp.rank()
-        cache = KVCache(self.cache_dtype, capacity=partition.tokens_of(cp_rank))
+        cache = KVCache(self.state.cache_dtype, capacity=partition.tokens_of(cp_rank))
         cache.reserve(self.stage.layer_numbers, self.stage.kv_shape)
         handover = attention_class(self.method).handover(
             self.method,
@@ -113,7 +101,7 @@ class Engine:
 
     def sequence(self, context: EncodedContext, *, max_tokens: int = 0) -> Sequence:
         """A new sequence on a context, without tokens; `max_tokens` it may come to, for what is allocated first."""
-        cache = KVCache(self.cache_dtype, capacity=min(max_tokens, MAX_RESERVED_TOKENS))
+        cache = KVCache(self.state.cache_dtype, capacity=min(max_tokens, MAX_RESERVED_TOKENS))
         return Sequence(context, cache, [0] * self.groups.cp.size())
 
     @torch.inference_mode()

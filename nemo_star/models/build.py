@@ -19,9 +19,6 @@ from torch.nn import functional as F
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
-from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.method import Method
-from nemo_star.methods.registry import method_of
 from nemo_star.models.layer_spec import gpt_layer_spec, implementation_for
 from nemo_star.models.rotary import PositionRotaryEmbedding
 
@@ -84,17 +81,16 @@ def transformer_config(
     )
 
 
-def star_layer_spec(config: TransformerConfig, state: AttentionState, method: Method | None = None) -> ModuleSpec:
+def star_layer_spec(config: TransformerConfig, state: AttentionState) -> ModuleSpec:
     """Megatron's GPT layer spec whose core attention is ours, for any GPTModel.
 
     Args:
         config: of the model that will be built from the spec.
         state: shared by all layers built from the spec, steered by the engine.
-        method: how contexts are encoded; None: Star Attention with its defaults.
     """
     spec = gpt_layer_spec(config)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = functools.partial(attention_class(method or method_of(AttentionConfig())), state=state)
+    attention.core_attention = functools.partial(attention_class(state.method), state=state)
     return spec
 
 
@@ -121,7 +117,6 @@ class StageGPTModel(GPTModel):
 def build_model(
     model: ModelConfig,
     *,
-    method: Method,
     state: AttentionState,
     groups: ProcessGroupCollection,
     dtype: torch.dtype,
@@ -132,7 +127,7 @@ def build_model(
     tp, pp_rank = groups.tp.size(), groups.pp.rank()
     built = StageGPTModel(
         config,
-        star_layer_spec(config, state, method),
+        star_layer_spec(config, state),
         vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
         max_sequence_length=model.max_position_embeddings or 1,  # of position embeddings, which there are none of
         pre_process=pp_rank == 0,

@@ -10,13 +10,15 @@ from nemo_star.attention.cache import KVCache
 from nemo_star.attention.step import AttentionState, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.kernels.registry import get_kernel
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.partition import Block, Partition
+from nemo_star.methods.registry import method_of
 from nemo_star.models.decode_sharding import PhasedMLP
 
 
 def state_of(groups, **fields):
     kernel = get_kernel("auto", torch.device("cpu"), torch.float32)
-    return AttentionState(kernel, kernel, groups.cp, **fields)
+    return AttentionState(method_of(AttentionConfig()), groups.cp, kernel, kernel, torch.float32, **fields)
 
 
 class Doubling(nn.Module):
