@@ -11,6 +11,7 @@ Under torchrun every rank runs the same script and gets the same results; plain 
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,7 +29,14 @@ from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
-from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_every_rank, on_first_rank
+from nemo_star.parallel.groups import (
+    create_groups,
+    gather_objects,
+    initialize,
+    leave_groups,
+    on_every_rank,
+    on_first_rank,
+)
 from nemo_star.parallel.layout import check_layout, plan_layout
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.work import Workload
@@ -79,6 +87,7 @@ class LLM:
         }
         self._open(parse(LLMConfig, values), free_memory)
         self.load_weights()
+        atexit.register(leave_groups)
         # Between calls the caller works as long as it likes.
         self._exits.enter_context(self.watchdog.suspended("the caller's own work"))
 
@@ -251,4 +260,4 @@ def _several(queries: Text | Sequence[Text]) -> list[Text]:
 
 def _check_stop(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
     if params.stop and tokenizer is None:
-        raise ValueError("strings that end an answer (stop, inference.end_strings) need a checkpoint with a tokenizer")
+        raise ValueError("stop (inference.end_strings) needs text, and the checkpoint has no tokenizer")

@@ -22,6 +22,7 @@ LITERAL_KEYS = (
     "input",
     "output",
     "output_logits",
+    "debug.dump",
 )
 
 

@@ -50,6 +50,14 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    """For whoever looks for a wrong logit."""
+
+    dump: str | None = None
+    """New folder for each layer's output in the first request; tools/compare_dumps.py compares two of them."""
+
+
+@dataclass(frozen=True)
 class GenerateConfig(LLMConfig):
     """All keys of `tools/generate.py`; the recipes in `recipes/` set them."""
 
@@ -63,6 +71,7 @@ class GenerateConfig(LLMConfig):
     overwrite: bool = False
     output_logits: str | None = None
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +87,8 @@ class GenerateConfig(LLMConfig):
             if self.context_file == "-" and self.query_file == "-":
                 raise ValueError("context_file=- and query_file=- cannot both be read from standard input")
         self._check_output()
+        if self.debug.dump is not None and self.parallel.sequence_parallel:
+            raise ValueError("debug.dump needs whole hidden states: parallel.sequence_parallel=false")
 
     def _check_single(self, name: str) -> None:
         text, file = getattr(self, name), getattr(self, f"{name}_file")

@@ -49,6 +49,12 @@ def initialize_alone(backend: str = "gloo") -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def leave_groups() -> None:
+    """Leave all process groups, once; a process that ends without that may abort when a peer has gone first."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of one rank."""

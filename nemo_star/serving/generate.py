@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.llm import LLM
+from nemo_star.models.dump import LayerDump
 from nemo_star.parallel.groups import gather_objects, on_first_rank
 from nemo_star.runtime.launch import EXIT_BAD_LINES
 from nemo_star.runtime.memory import FreeMemory, free_memory, peak_memory_bytes
@@ -44,6 +46,7 @@ class Generation:
         reader = RequestReader(llm.description.model.vocab_size, llm.tokenizer, config.chat_template)
         self.source = RequestSource(config, reader, self._check)
         self._batch: list[Request | BadRequest] = []
+        self._dump: LayerDump | None = None
 
     def run(self) -> int:
         """From what is cheap to check to what is expensive; returns the exit code."""
@@ -53,14 +56,20 @@ class Generation:
             on_first_rank(self._open)
         llm.load_weights()
         on_first_rank(self._start)
+        if self.config.debug.dump is not None and llm.groups.dp.rank() == 0:
+            self._dump = LayerDump(Path(self.config.debug.dump), llm.engine.stage, llm.engine.state, llm.groups)
         while (requests := self._next_requests()) is not None:
             answers = self._answer(requests)
             on_first_rank(lambda answers=answers: self._take(answers))  # type: ignore[misc]
+            if self._dump is not None:
+                self._dump.close()  # of the first request
         peaks = gather_objects(peak_memory_bytes(llm.device))
         return on_first_rank(lambda: self._finish(peaks))
 
     def _open(self) -> None:
         self.sink.check()
+        if (dump := self.config.debug.dump) is not None and (Path(dump).exists() or not Path(dump).parent.is_dir()):
+            raise ValueError(f"debug.dump={dump} must be a new folder in one that exists")
         self.source.open()
 
     def _check(self, request: Request) -> None:
@@ -70,6 +79,8 @@ class Generation:
 
     def _start(self) -> None:
         self.sink.open(self.source.resumed)
+        if self.config.debug.dump is not None:
+            Path(self.config.debug.dump).mkdir()
         if self.config.input is not None:
             self.console.count_requests(self.source.total, len(self.source.resumed.answers))
 
