@@ -5,6 +5,7 @@ import re
 import pytest
 from launch import ROOT, generate_many, run_tool, write_jsonl
 
+PHASES = ("prefill", "decode")
 COMPARE = ROOT / "tools/compare_dumps.py"
 CONTEXT = [(3 * i * i + i) % 251 for i in range(100)]
 RUNS = {
@@ -50,7 +51,7 @@ def test_layouts_agree_in_every_layer_and_position(dumps, other):
     }
     assert {key[2] for key in found if key[0] == "prefill"} == {100}
     assert {key[2] for key in found if key[0] == "decode"} == {5}  # the query's, and the tokens fed back
-    assert max(found.values()) < 1e-4
+    assert max(found.values()) < 5e-4
 
 
 def test_dense_attention_parts_after_the_first_block(dumps):
