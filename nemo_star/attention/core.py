@@ -22,7 +22,7 @@ from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Partition
 
 Partial = tuple[Tensor, Tensor]
-"""out [sq, b, np, hn] and lse [sq, b, np], float32: attention over a part of the keys."""
+"""out [sq, b, np, hn] and lse [sq, b, np], float32: attention over some of the keys."""
 
 
 class CoreAttention(nn.Module):

@@ -1,8 +1,8 @@
 """Ring attention: exact, K/V travel round the cp ranks (arXiv 2310.01889), load-balanced by zigzag spans.
 
-Rank r holds spans r and 2 * cp - 1 - r of the context. In turn i it has the K/V of rank r - i, attends to the part of
-them that its tokens may see, and passes them on; sending and receiving run while it computes. Partial results are
-merged by log-sum-exp. What stays cached is the rank's own K/V, so decode is every kind's.
+Rank r holds spans r and 2 * cp - 1 - r of the context. In turn i it has the K/V of rank r - i, attends to those
+of them that its tokens may see, and passes them on; sending and receiving run while it computes. Partial results are
+merged by log-sum-exp. What stays cached is the rank's own K/V, so decode is every method's.
 """
 
 from __future__ import annotations

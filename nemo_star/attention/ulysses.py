@@ -2,7 +2,7 @@
 
 Each cp rank holds a contiguous span of the context with all heads. For attention an all-to-all gives it the whole
 sequence of a share of the query heads, with the KV heads these need; a second one brings the output back. What stays
-cached is the rank's own span with all KV heads, so decode is every kind's.
+cached is the rank's own span with all KV heads, so decode is every method's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UlyssesAttention(CoreAttention):
             received,
             torch.cat(sent),
             output_split_sizes=[partition.tokens_of(rank) * row for rank in range(group.size())],
-            input_split_sizes=[part.numel() for part in sent],
+            input_split_sizes=[x.numel() for x in sent],
             group=group,
         )
         return received.view(partition.context_tokens, *shape)

@@ -21,6 +21,7 @@ from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.engine import Engine
+from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model, build_rotary
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
@@ -31,11 +32,9 @@ from nemo_star.runtime.memory import peak_memory_bytes, reset_peak_memory
 
 QUERY = [1]
 ALONE = Layout(tp=1, cp=1, dp=1, pp=1)
-DENSE = "dense"
-"""What transformers is compared as: it runs on one rank with all cores."""
 
 Weights = dict[str, torch.Tensor]
-"""Parameters by name, of one rank's part of the model."""
+"""Parameters by name, of one rank's share of the model."""
 
 
 class Contender(Protocol):
@@ -139,9 +138,8 @@ def build_contenders(
     drawn: dict[Layout, Weights] = {}
     contenders: list[Contender] = []
     for candidate in config.candidates:
-        # transformers runs as dense does, and on its weights.
-        ours = Candidate.parse(DENSE) if candidate.kind == TRANSFORMERS else candidate
-        method = ours.method(config.attention)
+        # transformers computes dense attention, on one rank and its weights.
+        method = Dense(config.attention) if candidate.kind == TRANSFORMERS else candidate.method(config.attention)
         place = shared if method.shares_context else (ALONE, alone)
         layout = place[0]
         check_layout(model, layout, method)

@@ -29,7 +29,7 @@ TORCH_BACKENDS = {
     "torch:flash": SDPBackend.FLASH_ATTENTION,
     "torch:efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-MOST_SCORES = 2**28
+MAX_SCORES = 2**28
 """The math kernel writes the whole score matrix; shapes above are left out for it."""
 
 Contenders = dict[str, Callable[[], Any]]
@@ -115,7 +115,7 @@ def _contenders(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Contenders:
     found: Contenders = {}
     for name in kernels_that_run(q.device, q.dtype):
         kernel = get_kernel(name, q.device, q.dtype)
-        if name == "math" and shape.queries * shape.keys * shape.heads > MOST_SCORES:
+        if name == "math" and shape.queries * shape.keys * shape.heads > MAX_SCORES:
             continue
         if shape.phase == "prefill":
             found[name] = lambda kernel=kernel: kernel.prefill(q, k, v, scale)  # type: ignore[misc]

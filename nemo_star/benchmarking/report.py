@@ -28,7 +28,7 @@ _COLUMNS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Times, and for each the ratio of times and of what was counted over the first kind at that length.
+    """Times, and for each the ratio of times and of what was counted over the first candidate at that length.
 
     `FLOP x`: operations of prefill, all ranks'. `byte x`: weights that a rank reads for a token. `KV read x`: a token's
     attention over a plain read of the same K/V.
@@ -88,32 +88,32 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def _kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    kinds: dict[str, list[Row]] = {}
+def _by_candidate(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    candidates: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
-    return kinds
+        candidates.setdefault(row["kind"], []).append(row)
+    return candidates
 
 
 def _draw_times(rows: Sequence[Row], axes: Axes) -> None:
-    for kind, own in _kinds(rows).items():
-        axes.plot([row["context_tokens"] for row in own], [row["prefill_seconds"] for row in own], "o-", label=kind)
+    for word, own in _by_candidate(rows).items():
+        axes.plot([row["context_tokens"] for row in own], [row["prefill_seconds"] for row in own], "o-", label=word)
     axes.set(xlabel="context tokens", ylabel="prefill, seconds", xscale="log", yscale="log", title="Prefill time")
     _token_ticks(rows, axes)
     axes.legend()
 
 
 def _draw_memory(rows: Sequence[Row], axes: Axes) -> None:
-    for kind, own in _kinds(rows).items():
+    for word, own in _by_candidate(rows).items():
         peaks = [row["peak_memory_bytes"] / 2**20 for row in own]
-        axes.plot([row["context_tokens"] for row in own], peaks, "o-", label=kind)
+        axes.plot([row["context_tokens"] for row in own], peaks, "o-", label=word)
     axes.set(xlabel="context tokens", ylabel="peak memory of a rank, MiB", title="Peak memory")
     axes.set_ylim(bottom=0)
     axes.legend()
 
 
 def _draw_speedups(rows: Sequence[Row], axes: Axes) -> None:
-    """Bars at the longest context: times over those of the slowest kind, and the same of operations."""
+    """Bars at the longest context: times over those of the slowest, and the same of operations."""
     longest = max(row["context_tokens"] for row in rows)
     own = [row for row in rows if row["context_tokens"] == longest]
     for offset, key, label in ((-0.2, "prefill_seconds", "time"), (0.2, "prefill_flops", "operations")):

@@ -28,7 +28,7 @@ from nemo_star.runtime.watchdog import Watchdog, watchdog_of_this_job
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Measure all kinds at all context lengths; print the table, write the rows, draw the plots."""
+    """Measure all candidates at all context lengths; print the table, write the rows, draw the plots."""
     layout = plan_layout(config.parallel, None, world_size=environment_world_size())
     if layout.dp > 1:
         raise ValueError(f"the benchmark runs one replica; this layout has {layout.dp}: start fewer processes")
@@ -45,7 +45,7 @@ def run(config: BenchmarkConfig) -> int:
 
 
 def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[dict[str, Any]]:
-    """Rows of all kinds at all context lengths."""
+    """Rows of all candidates at all context lengths."""
     model = config.model
     groups = create_groups(layout)
     alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
@@ -68,7 +68,7 @@ def _compare(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> lis
 def _measure(
     contenders: Sequence[Contender], tokens: int, config: BenchmarkConfig, watchdog: Watchdog
 ) -> list[list[dict[str, Any]]]:
-    """Samples of each kind at one context length: rounds of all in turn, some to warm up first.
+    """Samples of each candidate at one context length: rounds of all in turn, some to warm up first.
 
     A sample is the slowest (largest) rank's.
     """
@@ -77,7 +77,7 @@ def _measure(
     for turn in range(config.warm_up_rounds + config.repeats):
         for contender, taken in zip(contenders, samples, strict=True):
             dist.barrier()
-            # transformers' layers tell the watchdog of no steps.
+            # transformers' layers make no steps that the watchdog knows.
             own_pace = not isinstance(contender, OnEngine)
             with watchdog.suspended(contender.candidate.word) if own_pace else nullcontext():
                 sample = contender.sample(context, config.decode_tokens)

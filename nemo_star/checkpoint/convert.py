@@ -26,10 +26,9 @@ from nemo_star.checkpoint.description import (
 from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
 from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
 from nemo_star.config.model import ModelConfig
-from nemo_star.models.families import llama
+from nemo_star.models.families import families
+from nemo_star.models.families.weights import Weight
 
-FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
-"""Hugging Face architecture -> module with `weights`, `is_ignored` and `model_config`."""
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -43,10 +42,10 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
         ValueError: another architecture, missing, truncated, unknown or ill-shaped tensors; before anything is written.
     """
     with HFReader(source) as reader:
-        family = FAMILIES.get(reader.architecture)
+        family = families().get(reader.architecture)
         if family is None:
             raise ValueError(
-                f"source {source} is of architecture {reader.architecture}; supported: {', '.join(FAMILIES)}"
+                f"source {source} is of architecture {reader.architecture}; supported: {', '.join(families())}"
             )
         model: ModelConfig = family.model_config(reader.config())
         chunks = list(_chunks(reader, model, family, dtype))
@@ -113,9 +112,7 @@ def _chunks(reader: HFReader, model: ModelConfig, family: ModuleType, dtype: tor
         )
 
 
-def _make(
-    reader: HFReader, names: list[str], weight: llama.Weight, model: ModelConfig, dtype: torch.dtype | None
-) -> Tensor:
+def _make(reader: HFReader, names: list[str], weight: Weight, model: ModelConfig, dtype: torch.dtype | None) -> Tensor:
     joined = weight.join([reader.get(name) for name in names], model)
     return joined if dtype is None else joined.to(dtype)
 
@@ -141,7 +138,7 @@ def _hf_tensors(weights: Path, description: CheckpointDescription) -> Iterator[t
     """The Hugging Face tensors of a dist_checkpoint, layer by layer."""
     reader = DistCheckpointReader(weights)
     model = description.model
-    for weight in FAMILIES[description.architecture].weights(model):
+    for weight in families()[description.architecture].weights(model):
         for layer in range(model.num_layers) if weight.stacked else (None,):
             parts = weight.split(reader.read(weight.key, layer), model)
             for name, part in zip(weight.hf_names, parts, strict=True):

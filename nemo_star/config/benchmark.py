@@ -19,9 +19,9 @@ class BenchmarkConfig:
     """All keys of `tools/benchmark.py`."""
 
     model: ModelConfig
-    output: str | None = None
-    compare: tuple[str, ...] = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
+    compare: tuple[str, ...]
     """What runs in turn: `attention[:anchor][+decode:sharded|replicated]`, or `transformers`."""
+    output: str | None = None
     context_tokens: tuple[int, ...] = (4096, 16384)
     decode_tokens: int = 8
     """Tokens generated after each prefill; their median time is taken."""

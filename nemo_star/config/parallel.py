@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MOST_MINUTES = 60 * 24 * 365
+MAX_MINUTES = 60 * 24 * 365
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ class ParallelConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"parallel.{name}={size} must be at least 1")
-        if not 0 < self.timeout_minutes <= MOST_MINUTES:
-            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MOST_MINUTES}")
+        if not 0 < self.timeout_minutes <= MAX_MINUTES:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MAX_MINUTES}")

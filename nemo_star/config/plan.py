@@ -90,11 +90,11 @@ class PlanConfig:
 
     model: ModelConfig
     machine: MachineConfig
+    compare: tuple[str, ...]
+    """What to plan: `attention[:anchor]`."""
     context_tokens: int = 131072
     world_size: int = 8
     """Ranks of the plan: tp * pp * cp of one replica. No process is started."""
-    compare: tuple[str, ...] = ("star:shared", "star:recompute", "ring", "ulysses", "dense")
-    """What to plan: `attention[:anchor]`."""
     output: str | None = None
     overwrite: bool = False
     check: str | None = None

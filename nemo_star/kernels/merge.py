@@ -1,9 +1,9 @@
 """Exact merge of partial attention results by log-sum-exp.
 
-A partial result is softmax attention over a part of the keys: `out` [sq, b, np, hn] and `lse` [sq, b, np], the natural
+A partial result is softmax attention over some of the keys: `out` [sq, b, np, hn] and `lse` [sq, b, np], the natural
 log of the sum of exponentiated, scaled scores. With `lse = logsumexp_r lse_r` the attention over all keys is
 `sum_r exp(lse_r - lse) * out_r` (arXiv 2411.17116, section 2.2; derivation as in FlashAttention, arXiv 2205.14135,
-section 3.1). No term is exponentiated before the largest lse is subtracted, so no gap between parts overflows; a part
+section 3.1). No term is exponentiated before the largest lse is subtracted, so no gap between them overflows; one
 without keys has `lse = -inf` and takes no share. All of it in float32.
 """
 
@@ -17,15 +17,15 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge partial results over their first dimension.
 
     Args:
-        outs: [parts, sq, b, np, hn], any float type.
-        lses: [parts, sq, b, np] float32; -inf where a part holds no key.
+        outs: [partials, sq, b, np, hn], any float type.
+        lses: [partials, sq, b, np] float32; -inf where one holds no key.
 
     Returns:
         out [sq, b, np, hn] and lse [sq, b, np], float32. Without any key: out 0, lse -inf.
     """
     lse = torch.logsumexp(lses, dim=0)
-    # Where every part is empty, -inf - -inf would be nan: any finite value gives the weights 0 that are meant.
+    # Where every partial is empty, -inf - -inf would be nan: any finite value gives the weights 0 that are meant.
     weights = torch.exp(lses - lse.masked_fill(lse.isneginf(), 0.0))
-    # An empty part's out is whatever its kernel left there; 0 * nan is nan, so it is masked, not weighted.
-    parts = outs.float().masked_fill(lses.isneginf().unsqueeze(-1), 0.0)
-    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse
+    # An empty partial's out is whatever its kernel left there; 0 * nan is nan, so it is masked, not weighted.
+    filled = outs.float().masked_fill(lses.isneginf().unsqueeze(-1), 0.0)
+    return (weights.unsqueeze(-1) * filled).sum(dim=0), lse

@@ -10,7 +10,7 @@ from nemo_star.methods.registry import method_class
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the context attends (paper section 2). Sizes are in tokens; a method keeps fields it does not use."""
+    """How the context attends. Sizes are in tokens; a method keeps fields it does not use."""
 
     kind: str = "star"
     """A method of `nemo_star/methods/`, or `package.module.Class` of a `Method` of your own."""

@@ -128,7 +128,7 @@ class Method(ABC):
         """The same as what the block's rank computes with all its heads' worth of work."""
         return self.pairs(block)
 
-    # What the planner asks: the work of a rank, as the kinds of blocks that differ
+    # What the planner asks: the work of a rank, as the blocks that differ
 
     def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
         """The blocks of a rank, those alike counted. Where blocks can be many: without making them one by one."""

@@ -72,7 +72,7 @@ class Star(Method):
         again = 0 if self.shares_anchor else triangle(anchor)
         return triangle(block.tokens) + block.tokens * anchor + again
 
-    # A hundred million tokens may be a million blocks, but only three kinds of them: the first, a full one, the last.
+    # A hundred million tokens may be a million blocks, of which three differ: the first, a full one, the last.
 
     def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
         start, stop = _bounds(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank)

@@ -55,8 +55,8 @@ class PhasedMLP(nn.Module):
         if hidden.shape[0] <= MLP_CHUNK_TOKENS:
             return self.mlp(hidden, *args, **kwargs)
         out, bias = torch.empty_like(hidden), None
-        for part, into in zip(hidden.split(MLP_CHUNK_TOKENS), out.split(MLP_CHUNK_TOKENS), strict=True):
-            result, bias = self.mlp(part, *args, **kwargs)
+        for chunk, into in zip(hidden.split(MLP_CHUNK_TOKENS), out.split(MLP_CHUNK_TOKENS), strict=True):
+            result, bias = self.mlp(chunk, *args, **kwargs)
             into.copy_(result)
         return out, bias
 

@@ -41,7 +41,7 @@ class LayerDump:
         self._hooks = [stage.rotary.register_forward_pre_hook(self._begin)]
         for layer in layers:
             name = f"layer_{layer.layer_number}"
-            self._hooks.append(layer.register_forward_hook(lambda *parts, name=name: self._keep(name, parts[-1])))
+            self._hooks.append(layer.register_forward_hook(lambda *given, name=name: self._keep(name, given[-1])))
         self._hooks.append(layers[-1].register_forward_hook(lambda *_: self._write()))
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ Sliced = Literal["ffn", "projection", "head"]
 
 @dataclass(frozen=True)
 class Costs:
-    """What decides, on one kind of device."""
+    """What decides, on one type of device."""
 
     bytes_per_second: float
     """At which one rank reads weights in decode."""

@@ -33,7 +33,7 @@ class MemoryLimit:
             ValueError: names what is needed, what is free, and what would help.
         """
         problems = [self._shortage(context_tokens, replica) for replica in range(self._work.layout.dp)]
-        if all(problems):  # a replica that has room may be the one that is asked
+        if all(problems):  # a replica where it fits may be the one that is asked
             raise ValueError(problems[0])
 
     def _shortage(self, context_tokens: int, replica: int) -> str | None:

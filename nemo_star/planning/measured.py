@@ -28,7 +28,7 @@ _LAYOUT = ("context_tokens", "block_size", "anchor_size", "tp", "pp", "cp")
 
 
 def compare_rows(config: PlanConfig) -> list[dict[str, Any]]:
-    """For each row of the file `config.check` of a kind that is planned: the keys that name it, and for each of
+    """For each row of the file `config.check` of a method that is planned: the keys that name it, and for each of
     COMPARED the planned and the measured value.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Memory and time for (model, context, layout, machine): a row for each kind of attention, and the block to take."""
+"""Memory and time for (model, context, layout, machine): a row for each attention method, and the block to take."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 
 
 def plan_rows(config: PlanConfig) -> list[Row]:
-    """What each kind of `config.compare` takes on the layout; a kind that cannot run there says why.
+    """What each word of `config.compare` takes on the layout; what cannot run there says why.
 
     Raises:
-        ValueError: sizes that do not go together whatever the kind.
+        ValueError: sizes that do not go together whatever the method.
     """
     model = config.model
     layout = shared_layout(config)

@@ -64,7 +64,7 @@ def _predict(table: dict[str, Any], clock: Clock, what: str, tokens: int) -> flo
     if metric == "prefill_seconds":
         return prefill_seconds(_work(table, what, tokens), clock)
     if metric == "ratio_of_prefill_seconds":
-        over, under = (prefill_seconds(_work(table, kind.strip(), tokens), clock) for kind in what.split("/"))
+        over, under = (prefill_seconds(_work(table, word.strip(), tokens), clock) for word in what.split("/"))
         return over / under
     work = _work(table, "star:recompute", tokens)
     rank = rank_work(work)[1]  # the first one with an anchor before its block

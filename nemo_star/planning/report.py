@@ -41,7 +41,7 @@ def run(config: PlanConfig) -> int:
 
 
 def plan_table(config: PlanConfig, rows: Sequence[Row], blocks: Sequence[Row]) -> str:
-    """Kinds of attention, which is fastest, and block sizes."""
+    """Attention methods, which is fastest, and block sizes."""
     layout, machine = shared_layout(config), config.machine
     usable = machine.memory_bytes * config.efficiency.usable_memory / GIB
     lines = [

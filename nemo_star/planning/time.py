@@ -1,7 +1,7 @@
 """Seconds of a prefill and of a decoded token: work over the share of a machine's peak that is reached.
 
-The model has four constants (`EfficiencyConfig`), the same for every machine, model, kind and length. It counts what a
-rank computes, reads and exchanges; waiting for one another, imbalance between machines and Python are not in it.
+The estimate has four constants (`EfficiencyConfig`), the same for every machine, model, method and length. It counts
+what a rank computes, reads and exchanges; waiting for one another, imbalance between machines and Python are not in it.
 """
 
 from __future__ import annotations

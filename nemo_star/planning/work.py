@@ -1,4 +1,4 @@
-"""What there is to do: a context cut into blocks, as the few ranks and kinds of blocks that differ.
+"""What there is to do: a context cut into blocks, as the few ranks and blocks that differ.
 
 A hundred million tokens may be a million blocks, but a method knows the few of them that differ, and the handful of
 ranks that could be the slowest or the fullest. So nothing here grows with the context.
@@ -74,7 +74,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one cp rank encodes: kinds of blocks, and how many there are of each."""
+    """What one cp rank encodes: blocks that differ, and how many there are of each."""
 
     cp_rank: int
     blocks: tuple[CountedBlock, ...]

@@ -61,7 +61,7 @@ def run_as_tool(main: Callable[[], int]) -> NoReturn:
 
 
 def _leave_after_failure(error: Exception) -> NoReturn:
-    """A failure of this rank is told at once, with its traceback.
+    """A failure of this rank is reported at once, with its traceback.
 
     One that only says that another rank is gone waits: the launcher names that rank and its signal, and ends this one.
     """

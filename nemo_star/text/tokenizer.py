@@ -17,7 +17,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """A space in a vocabulary of SentencePiece."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
-_PART_CHARACTERS = 2**16
+_SLICE_CHARACTERS = 2**16
 _CONTEXT_MARK, _QUERY_MARK = "[context of nemo_star]", "[query of nemo_star]"
 
 
@@ -66,10 +66,10 @@ class Tokenizer:
         return self.hf.decode(list(ids), skip_special_tokens=True)
 
     def _ids(self, text: str) -> list[int]:
-        """Tokens of a text; of a long one part by part, where that gives the same and time grows with the length."""
-        cut = len(text) > _PART_CHARACTERS and self._words_stand_alone
-        parts = parts_at_spaces(text, _PART_CHARACTERS) if cut else [text]
-        return list(chain.from_iterable(self._each(parts)))
+        """Tokens of a text; of a long one slice by slice, where that gives the same and time grows with the length."""
+        cut = len(text) > _SLICE_CHARACTERS and self._words_stand_alone
+        slices = cut_at_spaces(text, _SLICE_CHARACTERS) if cut else [text]
+        return list(chain.from_iterable(self._each(slices)))
 
     def _each(self, texts: list[str]) -> list[list[int]]:
         return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -107,13 +107,13 @@ class Tokenizer:
         return before + context + between, query + after
 
 
-def parts_at_spaces(text: str, characters: int) -> list[str]:
+def cut_at_spaces(text: str, characters: int) -> list[str]:
     """A text cut at spaces between word characters, every `characters` or somewhat more; those spaces are left out."""
-    parts, start = [], 0
+    slices, start = [], 0
     while start + characters < len(text) and (space := _BETWEEN_WORDS.search(text, start + characters)):
-        parts.append(text[start : space.start()])
+        slices.append(text[start : space.start()])
         start = space.end()
-    return [*parts, text[start:]]
+    return [*slices, text[start:]]
 
 
 class SentencePieceAlone:
@@ -204,9 +204,9 @@ class TextStream:
             self.text = self.tokenizer.decode(self._ids)  # differs where bytes make no characters
         return held_back
 
-    def _add(self, piece: str) -> None:
+    def _add(self, text: str) -> None:
         searched_from = max(0, len(self.text) - max(map(len, self.end_strings), default=0))
-        self.text += piece
+        self.text += text
         found = [at for end in self.end_strings if (at := self.text.find(end, searched_from)) >= 0]
         if found:
             self.text, self.ended = self.text[: min(found)], True
@@ -218,6 +218,6 @@ class TextStream:
         )
 
     def _show(self, until: int) -> str:
-        piece = self.text[self._shown : until]
+        text = self.text[self._shown : until]
         self._shown = max(self._shown, until)
-        return piece
+        return text

@@ -18,7 +18,7 @@ FEW = (
 )
 """Cases that run at every layout also when time is short: a small anchor, short blocks, ranks without a block."""
 TOLERANCE = 5e-4
-MOST_TOKENS = max(case["max_new_tokens"] for case in CASES)
+MAX_TOKENS = max(case["max_new_tokens"] for case in CASES)
 """All cases generate so many, that more of them share a run; what was recorded is their beginning."""
 
 
@@ -28,7 +28,7 @@ def settings(case, layout=(1, 1, None), **changes):
     tp, pp, cp = layout
     overrides = [
         f"attention={case['attn']}",
-        f"inference.tokens_to_generate={MOST_TOKENS}",
+        f"inference.tokens_to_generate={MAX_TOKENS}",
         f"parallel.tensor_model_parallel_size={tp}",
         f"parallel.pipeline_model_parallel_size={pp}",
     ]

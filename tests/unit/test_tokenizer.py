@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AddedToken, AutoTokenizer
 
 from nemo_star.text import tokenizer as tokenizer_module
-from nemo_star.text.tokenizer import SentencePieceAlone, TextStream, Tokenizer, end_token_ids, parts_at_spaces
+from nemo_star.text.tokenizer import SentencePieceAlone, TextStream, Tokenizer, cut_at_spaces, end_token_ids
 
 DEMO = Path(__file__).parent.parent.parent / "assets" / "demo_model"
 
@@ -166,7 +166,7 @@ def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tmp_path, monkeypatc
 
     monkeypatch.setattr(Tokenizer, "_each", noted)
     for characters in (1, 7, 100):
-        monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", characters)
+        monkeypatch.setattr(tokenizer_module, "_SLICE_CHARACTERS", characters)
         lengths.clear()
         assert tokenizer._ids(text) == whole
         assert max(lengths) < characters + 200
@@ -174,9 +174,9 @@ def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tmp_path, monkeypatc
 
 
 def test_parts_are_cut_between_words_only():
-    assert parts_at_spaces("ab cd  ef. gh ij", 1) == ["ab", "cd  ef. gh", "ij"]
-    assert parts_at_spaces("ab cd ef", 4) == ["ab cd", "ef"]
-    assert parts_at_spaces("ab cd ef", 8) == ["ab cd ef"]
+    assert cut_at_spaces("ab cd  ef. gh ij", 1) == ["ab", "cd  ef. gh", "ij"]
+    assert cut_at_spaces("ab cd ef", 4) == ["ab cd", "ef"]
+    assert cut_at_spaces("ab cd ef", 8) == ["ab cd ef"]
 
 
 def trained(tmp_path, **options):
@@ -205,7 +205,7 @@ def trained(tmp_path, **options):
     ],
 )
 def test_a_tokenizer_that_looks_past_words_gets_the_whole_text(tmp_path, monkeypatch, options, may):
-    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "_SLICE_CHARACTERS", 10)
     tokenizer = trained(tmp_path, **options)
     assert tokenizer._words_stand_alone == may
     expected = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(long_text())
@@ -228,7 +228,7 @@ def test_other_ways_to_begin_a_text(tmp_path, monkeypatch, scheme, may):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer._words_stand_alone == may
     whole = tokenizer._ids(long_text())
-    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "_SLICE_CHARACTERS", 10)
     assert tokenizer._ids(long_text()) == whole
 
 
@@ -243,5 +243,5 @@ def test_added_tokens_that_begin_or_end_like_a_word_forbid_it(monkeypatch, added
     assert tokenizer._words_stand_alone == may
     text = long_text().replace("12", "<needle> needle two words")
     whole = tokenizer._ids(text)
-    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "_SLICE_CHARACTERS", 10)
     assert tokenizer._ids(text) == whole

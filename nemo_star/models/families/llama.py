@@ -6,61 +6,12 @@ dimension; Megatron's local spec maps its own names to them, so one checkpoint l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from nemo_star.config.model import ModelConfig, RopeScaling
+from nemo_star.models.families.weights import Weight, join_gate_up, join_qkv, split_gate_up, split_qkv
 
 ARCHITECTURE = "LlamaForCausalLM"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One dist_checkpoint tensor and the Hugging Face tensors it is made of.
-
-    `{layer}` in a Hugging Face name stands for the 0-based layer; such weights are stacked over layers.
-    """
-
-    key: str
-    hf_names: tuple[str, ...]
-    shapes: Callable[[ModelConfig], tuple[tuple[int, ...], ...]]
-    """Shape of each Hugging Face tensor."""
-    join: Callable[[Sequence[Tensor], ModelConfig], Tensor] = lambda parts, model: parts[0]
-    split: Callable[[Tensor, ModelConfig], Sequence[Tensor]] = lambda whole, model: (whole,)
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.hf_names[0]
-
-    def shape(self, model: ModelConfig) -> tuple[int, ...]:
-        """Shape of the joined tensor (of one layer): all joins are along the first dimension."""
-        shapes = self.shapes(model)
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Megatron's order: for each query group its query heads, its K head, its V head."""
-    groups = [part.reshape(model.num_query_groups, -1, model.hidden_size) for part in parts]
-    return torch.cat(groups, dim=1).reshape(-1, model.hidden_size)
-
-
-def split_qkv(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    queries = model.query_width // model.num_query_groups
-    groups = whole.reshape(model.num_query_groups, -1, model.hidden_size)
-    parts = groups.split([queries, model.kv_channels, model.kv_channels], dim=1)
-    return [part.reshape(-1, model.hidden_size) for part in parts]
-
-
-def join_gate_up(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    return torch.cat(tuple(parts), dim=0)
-
-
-def split_gate_up(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    return whole.split(model.ffn_hidden_size, dim=0)
 
 
 _LAYER = "model.layers.{layer}."
@@ -156,13 +107,15 @@ def _rope(hf: PretrainedConfig) -> tuple[float, RopeScaling | None]:
     """(base, scaling). transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     values = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
     base = float(values.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)
-    kind = values.get("rope_type") or values.get("type") or "default"
-    if kind == "default":
+    rope_type = values.get("rope_type") or values.get("type") or "default"
+    if rope_type == "default":
         return base, None
-    if kind == "linear":
+    if rope_type == "linear":
         return base, RopeScaling("linear", factor=float(values["factor"]))
-    if kind != "llama3":
-        raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported; default, linear and llama3 are")
+    if rope_type != "llama3":
+        raise ValueError(
+            f"config.json: rope scaling of type {rope_type!r} is not supported; default, linear and llama3 are"
+        )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [name for name in names if values.get(name) is None]
     if missing:
