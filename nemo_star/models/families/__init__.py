@@ -1,7 +1,7 @@
 """Model families, a file each: a mapping table, and the shape out of a Hugging Face configuration.
 
-A family has `ARCHITECTURE`, `weights(model)`, `is_ignored(name, model)` and `model_config(hf_config)`, after the pattern
-of llama.py. A file of this folder is all that a family needs to be found.
+A family has `ARCHITECTURE`, `weights(model)`, `is_ignored(name, model)` and `model_config(hf_config)`, after the
+pattern of llama.py. A file of this folder is all that a family needs to be found.
 """
 
 from __future__ import annotations
