@@ -7,6 +7,7 @@ from typing import Literal
 
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.registry import method_class
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,3 +39,4 @@ class LLMConfig:
             raise ValueError(
                 "checkpoint is not set: give checkpoint=DIR, a directory made by tools/convert_checkpoint.py import"
             )
+        method_class(self.attention.kind)

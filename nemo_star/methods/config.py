@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_star.methods.registry import method_class
-
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -25,7 +23,6 @@ class AttentionConfig:
     """What computes attention over the keys that a rank holds; `auto` takes the first that runs."""
 
     def __post_init__(self) -> None:
-        method_class(self.kind)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"attention.block_size={self.block_size} must be at least 1 token")
         if self.anchor_size is not None and self.anchor_size < 0:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nemo_star.methods.config import AttentionConfig
-    from nemo_star.methods.method import Method
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.method import Method
 
 _INTERFACE = frozenset({"config", "method", "partition", "registry"})
 """The modules of this folder that are no methods."""
@@ -32,8 +31,6 @@ def method_class(kind: str) -> type[Method]:
     Raises:
         ValueError: no such method.
     """
-    from nemo_star.methods.method import Method
-
     path, _, name = kind.rpartition(".")
     if not path and kind in known_kinds():
         module = importlib.import_module(f"nemo_star.methods.{kind}")
@@ -58,6 +55,4 @@ def method_of(attention: AttentionConfig) -> Method:
 
 
 def _is_method(value: object) -> bool:
-    from nemo_star.methods.method import Method
-
     return isinstance(value, type) and issubclass(value, Method) and value is not Method
