@@ -1,4 +1,4 @@
-"""Keys of `tools/generate.py`."""
+"""Keys of `nemo-star generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_star.methods.config import AttentionConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_TEMPERATURE = 1e-3
-MOST_SEED = 2**62
+MAX_SEED = 2**62
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,11 @@ class InferenceConfig:
     """How tokens are chosen and when generation ends (NeMo's names)."""
 
     tokens_to_generate: int = 128
+    """No answer is longer."""
     greedy: bool = True
+    """Take the likeliest token at every step; false: sample."""
     temperature: float = 1.0
+    """Divides the logits before a token is sampled: below 1, likely tokens become likelier."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -27,7 +30,9 @@ class InferenceConfig:
     seed: int = 1234
     """A request is sampled with seed + its line index, so its answer does not depend on its neighbours."""
     end_strings: tuple[str, ...] = ()
+    """Texts that end an answer and are not part of it."""
     ignore_eos: bool = False
+    """Generate on after the model's end token, up to tokens_to_generate."""
 
     def __post_init__(self) -> None:
         if self.tokens_to_generate < 1:
@@ -41,32 +46,45 @@ class InferenceConfig:
             raise ValueError(f"inference.top_k={self.top_k} must be 0 (keep all) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"inference.top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.seed < MOST_SEED:
-            raise ValueError(f"inference.seed={self.seed} must be at least 0 and below {MOST_SEED}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"inference.seed={self.seed} must be at least 0 and below {MAX_SEED}")
         if "" in self.end_strings:
             raise ValueError("inference.end_strings holds an empty string, which would end every answer at once")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
+    """How keys and values are cached."""
+
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of cached keys and values; None: the model's."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """All keys of `tools/generate.py`; the recipes in `recipes/` set them."""
+    """All keys of `nemo-star generate`; the recipes in `recipes/` set them."""
 
     checkpoint: str | None = None
+    """Directory made by `nemo-star convert import`."""
     context: str | None = None
+    """One question: the long text that it is about."""
     context_file: str | None = None
+    """A file with the context instead; - is standard input."""
     query: str | None = None
+    """One question: what is asked. The answer is streamed to standard output."""
     query_file: str | None = None
+    """A file with the query instead; - is standard input."""
     input: str | None = None
+    """Many questions instead: a file of JSON lines {"id", "context" | "context_ids", "query" | "query_ids"}."""
     output: str | None = None
+    """File of JSON lines, one for each line of `input` in the same order; an existing one is refused unless resumed or
+    overwritten."""
     resume: bool = False
+    """Continue `output` where an earlier run ended."""
     overwrite: bool = False
+    """Replace output files that exist."""
     output_logits: str | None = None
+    """Safetensors file of logits: <id>/logits [new_tokens, vocab] float32."""
     chat_template: bool = False
     """Wrap context and query in the tokenizer's chat template as one user message (instruct models)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -78,9 +96,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError(
-                "checkpoint is not set: give checkpoint=DIR, a directory made by tools/convert_checkpoint.py import"
-            )
+            raise ValueError("checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import")
         if self.input is not None:
             single = [
                 name for name in ("context", "context_file", "query", "query_file") if getattr(self, name) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MOST_MINUTES = 60 * 24 * 365
+MAX_MINUTES = 60 * 24 * 365
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,11 @@ class ParallelConfig:
     """Sizes of the process groups; data parallel is what remains of the world size."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks (tp) that share every layer: its heads and its FFN."""
     pipeline_model_parallel_size: int = 1
+    """Stages (pp) that share the layers, one after the other."""
     context_parallel_size: int | None = None
-    """None: all ranks that tp and pp leave over (for dense attention: 1)."""
+    """Ranks (cp) that share the context; None: all ranks that tp and pp leave over (for dense attention: 1)."""
     decode: Literal["replicated", "sharded"] | None = None
     """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
     on each. None: `sharded` where an estimate says that it pays."""
@@ -29,5 +31,5 @@ class ParallelConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"parallel.{name}={size} must be at least 1")
-        if not 0 < self.timeout_minutes <= MOST_MINUTES:
-            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MOST_MINUTES}")
+        if not 0 < self.timeout_minutes <= MAX_MINUTES:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0, at most {MAX_MINUTES}")

@@ -39,14 +39,15 @@ def parse(cls: type[Config], values: Mapping[str, Any], *, prefix: str = "") -> 
     try:
         # In pydantic's strict mode, JSON is what a recipe is: lists become tuples and groups dataclasses, an int will
         # do for a float, and nothing else is converted. Python values would have to be tuples and dataclasses already.
-        return _adapter(cls).validate_json(json.dumps(values), strict=True, extra="forbid")
+        adapter: TypeAdapter[Config] = _adapter(cls)  # type: ignore[arg-type]  # a class is hashable
+        return adapter.validate_json(json.dumps(values), strict=True, extra="forbid")
     except ValidationError as error:
         problems = [text for problem in error.errors(include_url=False) for text in _describe(cls, problem, prefix)]
     raise ValueError("; ".join(dict.fromkeys(problems)))
 
 
 @functools.cache
-def _adapter(cls: type[Config]) -> TypeAdapter[Config]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
@@ -81,6 +82,6 @@ def _describe(cls: type, problem: ErrorDetails, prefix: str) -> list[str]:
 def _dataclass_at(cls: Any, path: tuple[int | str, ...]) -> Any:
     """The dataclass that keys lead to from `cls`."""
     for name in path:
-        hint = typing.get_type_hints(cls)[name]
+        hint = typing.get_type_hints(cls)[str(name)]
         (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # Group, or Group | None
     return cls
