@@ -1,4 +1,4 @@
-"""Compare each layer's output in two runs of tools/generate.py: see nemo_star/commands/compare_dumps.py."""
+"""Compare two dumps of layers: `nemo-star compare-dumps` from a checkout."""
 
 import sys
 

@@ -1,27 +1,9 @@
-"""Say what is installed, what works, and which attention kernel would run.
+"""Say what is installed and would run: `nemo-star doctor` from a checkout."""
 
-    python tools/doctor.py
+import sys
 
-Exit code 0 where the project runs (also where something optional is missing or broken), 1 where it cannot.
-"""
-
-import argparse
-import warnings
-
-from nemo_star.commands.doctor import examine
-from nemo_star.runtime.launch import EXIT_ERROR, run_as_tool
-
-
-def main() -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    ).parse_args()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Megatron's imports, about what is reported here
-        findings = examine()
-    print(*findings, sep="\n")
-    return EXIT_ERROR if any(finding.kind == "fatal" for finding in findings) else 0
-
+from nemo_star.commands.doctor import main
+from nemo_star.runtime.launch import run_as_tool
 
 if __name__ == "__main__":
-    run_as_tool(main)
+    run_as_tool(lambda: main(sys.argv[1:]))

@@ -1,40 +1,9 @@
-"""Answer questions about long contexts with a converted checkpoint.
-
-    torchrun --nproc-per-node N tools/generate.py [--config-name RECIPE] [key=value ...]
-
-`--help` lists the recipes and keys, `--cfg job` prints the composed recipe.
-"""
+"""Answer questions about long contexts: `nemo-star generate` from a checkout."""
 
 import sys
-from collections.abc import Sequence
 
-from nemo_star.config.compose import compose
-from nemo_star.config.generate import GenerateConfig
+from nemo_star.commands.generate import main
 from nemo_star.runtime.launch import run_as_tool
-from nemo_star.runtime.transformer_engine import prepare_imports
-
-LITERAL_KEYS = (
-    "checkpoint",
-    "context",
-    "context_file",
-    "query",
-    "query_file",
-    "input",
-    "output",
-    "output_logits",
-    "debug.dump",
-)
-
-
-def main(arguments: Sequence[str]) -> int:
-    config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL_KEYS)
-    if config is None:
-        return 0
-    prepare_imports()
-    from nemo_star.serving.generate import run  # only now: importing Megatron takes seconds
-
-    return run(config)
-
 
 if __name__ == "__main__":
     run_as_tool(lambda: main(sys.argv[1:]))

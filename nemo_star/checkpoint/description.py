@@ -54,7 +54,7 @@ def read_description(directory: Path) -> CheckpointDescription:
         hint = ""
         if (directory / "config.json").is_file():
             hint = " It looks like a Hugging Face checkpoint: convert it first, "
-            hint += f"python tools/convert_checkpoint.py import --source {directory} --target DIR"
+            hint += f"nemo-star convert import --source {directory} --target DIR"
         raise ValueError(f"checkpoint {directory} is not a converted checkpoint: it has no {DESCRIPTION_FILE}.{hint}")
     try:
         values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -1,17 +1,27 @@
-"""What `make doctor` reports: what is installed, what works, and which kernel would run."""
+"""Say what is installed, what works, and which attention kernel would run.
+
+    %(prog)s
+
+Exit code 0 where the project runs (also where something optional is missing or broken), 1 where it cannot.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import platform
+import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from nemo_star.commands.arguments import parser
+from nemo_star.runtime.launch import EXIT_ERROR
+from nemo_star.runtime.locations import checkout
 from nemo_star.runtime.transformer_engine import (
     REPAIR,
     TransformerEngine,
@@ -21,19 +31,27 @@ from nemo_star.runtime.transformer_engine import (
     unrelated_apex,
 )
 
-PYPROJECT = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
-
 
 @dataclass(frozen=True)
 class Finding:
     about: str
-    told: str
-    kind: Literal["fine", "wrong", "fatal"] = "fine"
+    text: str
+    severity: Literal["fine", "wrong", "fatal"] = "fine"
     """`wrong`: the project runs without it; `fatal`: it cannot run."""
 
     def __str__(self) -> str:
-        mark = {"fine": "", "wrong": "problem (runs without it): ", "fatal": "PROBLEM: "}[self.kind]
-        return f"{self.about:<20} {mark}{self.told}"
+        mark = {"fine": "", "wrong": "problem (runs without it): ", "fatal": "PROBLEM: "}[self.severity]
+        return f"{self.about:<20} {mark}{self.text}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print all findings; exit code 1 where one is fatal."""
+    parser("doctor", __doc__).parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Megatron's imports, about what is reported here
+        findings = examine()
+    print(*findings, sep="\n")
+    return EXIT_ERROR if any(finding.severity == "fatal" for finding in findings) else 0
 
 
 def examine() -> list[Finding]:
@@ -50,22 +68,24 @@ def examine() -> list[Finding]:
 
 
 def requirements() -> list[str]:
-    """The project's dependencies as pyproject.toml lists them; none where the checkout is not at hand."""
-    if not PYPROJECT.exists():
-        return []
-    return tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+    """The project's dependencies without extras: as pyproject.toml lists them, in a checkout or when it was built."""
+    folder = checkout()
+    if folder is not None:
+        return tomllib.loads((folder / "pyproject.toml").read_text())["project"]["dependencies"]
+    return [line for line in importlib.metadata.requires("nemo-star") or [] if "extra ==" not in line]
 
 
 def _requirement(requirement: str) -> Finding | None:
     """What is wrong with a required package; None where its version is in the supported range."""
-    name = requirement.partition(">=")[0]
+    name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    repair = "make install" if checkout() else f"pip install '{requirement}'"
     version = installed_version(name)
-    if version is None:
-        return Finding(name, f"not installed, and {requirement} is needed: make install", "fatal")
+    if version is None:  # which may be all that can be said: packaging comes with the dependencies
+        return Finding(name, f"not installed, and {requirement} is needed: {repair}", "fatal")
     from packaging.requirements import Requirement
 
     if not Requirement(requirement).specifier.contains(version, prereleases=True):
-        return Finding(name, f"{version} is installed, and {requirement} is needed: make install", "fatal")
+        return Finding(name, f"{version} is installed, and {requirement} is needed: {repair}", "fatal")
     return None
 
 
@@ -139,12 +159,12 @@ def _choice() -> Finding:
     layers = {"local": "Megatron's own", "transformer_engine": "Transformer Engine's"}[
         implementation_for(device, dtype)
     ]
-    told = (
+    text = (
         f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {first} (also: {', '.join(others)})"
     )
     if device.type == "cpu":
         llvm = streaming.llvm_version()
-        told += (
+        text += (
             f" with llvmlite {llvm}" if llvm else " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
         )
-    return Finding("will run", f"{told}, {layers} layers")
+    return Finding("will run", f"{text}, {layers} layers")

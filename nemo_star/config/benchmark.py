@@ -1,4 +1,4 @@
-"""Keys of `tools/benchmark.py`."""
+"""Keys of `nemo-star benchmark`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ TRANSFORMERS = "transformers"
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """All keys of `tools/benchmark.py`."""
+    """All keys of `nemo-star benchmark`."""
 
     model: ModelConfig
     compare: tuple[str, ...]
-    """What runs in turn: `attention[:anchor][+decode:sharded|replicated]`, or `transformers`."""
+    """What runs in turn: METHOD[:VARIANT][+decode:replicated|sharded], e.g. star:shared, ring; dense and transformers
+    (Hugging Face's generate) run on rank 0 with all cores."""
     output: str | None = None
+    """JSON file of rows: medians, FLOPs, memory, commit, machine."""
     context_tokens: tuple[int, ...] = (4096, 16384)
+    """Lengths of the contexts."""
     decode_tokens: int = 8
     """Tokens generated after each prefill; their median time is taken."""
     repeats: int = 3
+    """Rounds at each context length; medians are taken."""
     warm_up_rounds: int = 1
     """Rounds of all at each context length before those that count."""
     plot: str | None = None
-    """Folder for time.png, memory.png, speedup.png."""
+    """Folder for time.png, memory.png, speedup.png; needs matplotlib: pip install 'nemo-star[plot]'."""
     overwrite: bool = False
+    """Replace an output file that exists."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and K/V; None: float32 on CPU, bfloat16 on GPU."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -15,12 +14,14 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_star.config.help import describe_keys
 from nemo_star.config.strict import parse
 from nemo_star.runtime.launch import quiet_unless_first
+from nemo_star.runtime.locations import checkout, data_folder
+from nemo_star.runtime.program import started_as
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPES = PROJECT_ROOT / "recipes"
-CONF = PROJECT_ROOT / "conf"
+RECIPES = data_folder("recipes")
+CONF = data_folder("conf")
 _HYDRA_OVERRIDES = (
     # Hydra keeps a folder with a log per run by default; a tool leaves nothing behind.
     "hydra.run.dir=.",
@@ -45,7 +46,7 @@ def compose(
     """The recipe that a command line asks for, parsed; None where Hydra only had to print (--help, --cfg).
 
     Args:
-        tool: name of its default recipe and of its help text (conf/hydra/help).
+        tool: name of its default recipe and of its help text (conf/hydra/help), to which the keys of `cls` are added.
         literal_keys: keys whose values on the command line are text, not Hydra values: taken to the letter.
 
     Raises:
@@ -54,13 +55,16 @@ def compose(
     """
     Plugins.instance().register(GroupsSearchPath)
     if not OmegaConf.has_resolver("project"):
-        OmegaConf.register_new_resolver("project", lambda: str(PROJECT_ROOT))
+        OmegaConf.register_new_resolver("project", _project)
     if {"-m", "--multirun"} & set(arguments):
         raise ValueError("--multirun is not supported: start the tool once for each setting")
     composed: list[DictConfig] = []
     main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=tool)(composed.append)
-    quoted = [quote_literal(argument, literal_keys) for argument in arguments]
-    argv, sys.argv = sys.argv, [sys.argv[0], *quoted, *_HYDRA_OVERRIDES, f"hydra/help={tool}"]
+    overrides = [quote_literal(argument, literal_keys) for argument in arguments]
+    overrides += [*_HYDRA_OVERRIDES, f"hydra/help={tool}"]
+    if {"-h", "--help"} & set(arguments):
+        overrides += _help_overrides(cls, tool)
+    argv, sys.argv = sys.argv, [sys.argv[0], *overrides]
     try:
         with quiet_unless_first():
             main()
@@ -71,8 +75,27 @@ def compose(
     try:
         values: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     return parse(cls, values)
+
+
+def _project() -> str:
+    """`${project:}` in a recipe: the folder of the checkout, whose files the demo's recipes name."""
+    folder = checkout()
+    if folder is None:
+        raise ValueError(
+            "this recipe names files of a checkout, and nemo_star is installed without one: give checkpoint=DIR and "
+            "context_file=FILE"
+        )
+    return str(folder)
+
+
+def _help_overrides(cls: type, tool: str) -> list[str]:
+    """What conf/hydra/help/<tool>.yaml leaves open: how this process was started, and the keys of `cls`."""
+    alone, under_torchrun = started_as(tool)
+    texts = {"app_name": alone, "header": under_torchrun, "footer": describe_keys(cls, groups=CONF)}
+    # Hydra fills in the template by string.Template, to which a dollar is the start of a name.
+    return [f"hydra.help.{name}={quote(text.replace('$', '$$'))}" for name, text in texts.items()]
 
 
 def quote_literal(argument: str, literal_keys: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Keys of `tools/generate.py`."""
+"""Keys of `nemo-star generate`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ class InferenceConfig:
     """How tokens are chosen and when generation ends (NeMo's names)."""
 
     tokens_to_generate: int = 128
+    """No answer is longer."""
     greedy: bool = True
+    """Take the likeliest token at every step; false: sample."""
     temperature: float = 1.0
+    """Divides the logits before a token is sampled: below 1, likely tokens become likelier."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -22,7 +25,9 @@ class InferenceConfig:
     seed: int = 1234
     """A request is sampled with seed + its line index, so its answer does not depend on its neighbours."""
     end_strings: tuple[str, ...] = ()
+    """Texts that end an answer and are not part of it."""
     ignore_eos: bool = False
+    """Generate on after the model's end token, up to tokens_to_generate."""
 
     def __post_init__(self) -> None:
         if self.tokens_to_generate < 1:
@@ -54,22 +59,32 @@ class DebugConfig:
     """For whoever looks for a wrong logit."""
 
     dump: str | None = None
-    """New folder for each layer's output in the first request; tools/compare_dumps.py compares two of them."""
+    """New folder for each layer's output in the first request; nemo-star compare-dumps compares two of them."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig(LLMConfig):
-    """All keys of `tools/generate.py`; the recipes in `recipes/` set them."""
+    """All keys of `nemo-star generate`; the recipes in `recipes/` set them."""
 
     context: str | None = None
+    """One question: the long text that it is about."""
     context_file: str | None = None
+    """A file with the context instead; - is standard input."""
     query: str | None = None
+    """One question: what is asked. The answer is streamed to standard output."""
     query_file: str | None = None
+    """A file with the query instead; - is standard input."""
     input: str | None = None
+    """Many questions instead: a file of JSON lines {"id", "context" | "context_ids", "query" | "query_ids"}."""
     output: str | None = None
+    """File of JSON lines, one for each line of `input` in the same order; an existing one is refused unless resumed or
+    overwritten."""
     resume: bool = False
+    """Continue `output` where an earlier run ended."""
     overwrite: bool = False
+    """Replace output files that exist."""
     output_logits: str | None = None
+    """Safetensors file of logits: <id>/logits [new_tokens, vocab] float32."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 

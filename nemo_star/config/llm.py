@@ -25,7 +25,7 @@ class LLMConfig:
     """What `LLM` takes, and the keys that every tool with a checkpoint has."""
 
     checkpoint: str | None = None
-    """Directory made by tools/convert_checkpoint.py import."""
+    """Directory made by `nemo-star convert import`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
     chat_template: bool = False
@@ -36,7 +36,5 @@ class LLMConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError(
-                "checkpoint is not set: give checkpoint=DIR, a directory made by tools/convert_checkpoint.py import"
-            )
+            raise ValueError("checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import")
         method_class(self.attention.kind)

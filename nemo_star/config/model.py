@@ -14,10 +14,15 @@ class RopeScaling:
     """How a checkpoint stretches its rotary frequencies (names as in Hugging Face configurations)."""
 
     rope_type: Literal["linear", "llama3"]
+    """Linear: all frequencies divided by `factor`; llama3: only low ones, with a smooth passage to the high ones."""
     factor: float
+    """What frequencies are divided by."""
     low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched whole."""
     high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor stay."""
     original_max_position_embeddings: int = 8192
+    """llama3: positions that the model was trained for before it was stretched."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,29 @@ class ModelConfig:
     that are measured, of what is planned."""
 
     num_layers: int
+    """Transformer layers."""
     hidden_size: int
+    """Width of the hidden states."""
     num_attention_heads: int
+    """Query heads."""
     num_query_groups: int
+    """KV heads."""
     ffn_hidden_size: int
+    """Width inside the gated FFN."""
     vocab_size: int
+    """Tokens of the vocabulary."""
     kv_channels: int = 0
     """Dimension of a head; 0: hidden_size / num_attention_heads."""
     max_position_embeddings: int | None = None
     """Positions that the model was trained for; None: no limit (random weights)."""
     layernorm_epsilon: float = 1e-5
+    """Added to the variance in RMSNorm."""
     rotary_base: float = 10000.0
+    """Base of the rotary frequencies (rope_theta)."""
     rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are stretched; None: not at all."""
     share_embeddings_and_output_weights: bool = False
+    """Whether the head's matrix is the embedding's (tied)."""
 
     def __post_init__(self) -> None:
         if self.kv_channels == 0 and self.num_attention_heads > 0:

@@ -13,9 +13,11 @@ class ParallelConfig:
     """Sizes of the process groups; data parallel is what remains of the world size."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks (tp) that share every layer: its heads and its FFN."""
     pipeline_model_parallel_size: int = 1
+    """Stages (pp) that share the layers, one after the other."""
     context_parallel_size: int | None = None
-    """None: all ranks that tp and pp leave over (for dense attention: 1)."""
+    """Ranks (cp) that share the context; None: all ranks that tp and pp leave over (for dense attention: 1)."""
     decode: Literal["replicated", "sharded"] | None = None
     """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
     on each. None: `sharded` where an estimate says that it pays."""

@@ -1,4 +1,4 @@
-"""Keys of `tools/plan.py`: what is planned, on which machine, and how much of its peaks is reached."""
+"""Keys of `nemo-star plan`: what is planned, on which machine, and how much of its peaks is reached."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from nemo_star.methods.config import AttentionConfig
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """A rank's connection to others: bytes per second in one direction, and seconds for each further hop."""
+    """A rank's connection to others."""
 
     bandwidth: float
+    """Bytes per second in one direction."""
     hop_seconds: float = 0.0
+    """What each hop adds to the time of a message."""
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or self.hop_seconds < 0:
@@ -32,15 +34,23 @@ class MachineConfig:
     """What one rank computes on, by its data sheet (conf/machine). Per rank: FLOP/s, bytes, bytes per second."""
 
     name: str
+    """What tables call it."""
     device: Literal["cuda", "cpu"]
+    """What decides the type of weights and the kernels that are planned for."""
     peak_bf16_flops: float
-    """Dense, without sparsity."""
+    """FLOP/s in 16 bits, dense: without sparsity."""
     peak_fp32_flops: float
+    """FLOP/s in float32."""
     memory_bytes: float
+    """Memory of one rank."""
     memory_bandwidth: float
+    """Bytes per second that one rank reads of its memory."""
     devices_per_node: int
+    """Ranks that node_link connects; beyond them it is network_link."""
     node_link: LinkConfig
+    """Inside a node."""
     network_link: LinkConfig
+    """From node to node."""
     collective_seconds: float
     """What a collective of a few bytes takes, before its hops."""
     layer_seconds: float = 0.0
@@ -72,9 +82,13 @@ class EfficiencyConfig:
     """Reached share of a machine's peaks, one value for every machine, model and length (recipes/plan.yaml has why)."""
 
     gemm: float = 0.75
+    """Of the peak FLOP/s, by matrix products."""
     attention: float = 0.67
+    """Of the peak FLOP/s, by attention in prefill."""
     memory: float = 0.85
+    """Of the memory's bandwidth."""
     link: float = 0.7
+    """Of the links' bandwidth."""
     usable_memory: float = 0.9
     """Share of the memory that a plan may fill; not used for times."""
 
@@ -86,22 +100,27 @@ class EfficiencyConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """All keys of `tools/plan.py`."""
+    """All keys of `nemo-star plan`."""
 
     model: ModelConfig
     machine: MachineConfig
     compare: tuple[str, ...]
-    """What to plan: `attention[:anchor]`."""
+    """What to plan: METHOD[:VARIANT], e.g. star:shared, star:recompute, ring, ulysses, dense."""
     context_tokens: int = 131072
+    """Length of the context."""
     world_size: int = 8
     """Ranks of the plan: tp * pp * cp of one replica. No process is started."""
     output: str | None = None
+    """JSON file of the tables."""
     overwrite: bool = False
+    """Replace an output file that exists."""
     check: str | None = None
-    """Rows of tools/benchmark.py to compare with what the plan says of them."""
+    """File of `nemo-star benchmark output=FILE` to compare with a plan of the same runs; give their model=, machine=,
+    dtype=."""
     validate: bool = False
-    """Compare with the published tables instead of planning."""
+    """Compare with published tables, cell by cell, instead of planning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights; None: bfloat16 on GPU, float32 on CPU."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

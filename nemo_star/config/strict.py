@@ -1,64 +1,87 @@
-"""Plain values -> strict dataclasses: an unknown or ill-typed key is refused by its name."""
+"""Plain values -> strict dataclasses, by pydantic: an unknown or ill-typed key is refused by its name."""
 
 from __future__ import annotations
 
-import types
+import functools
+import json
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 Config = TypeVar("Config")
 
+_EXPECTED = {
+    "int_type": "of type int",
+    "float_type": "of type float",
+    "string_type": "of type str",
+    "bool_type": "of type bool",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a group of keys",
+}
+"""pydantic's names of the mistakes that a recipe can hold -> what would be right, in a recipe's words."""
+
 
 def parse(cls: type[Config], values: Mapping[str, Any], *, prefix: str = "") -> Config:
-    """Build the dataclass `cls` from nested plain values.
+    """Build the dataclass `cls` from nested plain values, as a recipe or a JSON file holds them.
 
     Raises:
-        ValueError: a key that `cls` does not have, or a value of the wrong type; the message names the full key.
+        ValueError: keys that `cls` does not have or that are missing, values of the wrong type, all of them on one
+            line with their full keys; or what the `__post_init__` of a dataclass raises, as it is.
     """
-    hints = typing.get_type_hints(cls)
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
-    unknown = [f"{prefix}{key}" for key in values if key not in known]
-    if unknown:
-        raise ValueError(
-            f"unknown key {', '.join(unknown)}; known keys here: {', '.join(prefix + key for key in known)}"
-        )
-    built = {}
-    for name, item in known.items():
-        if name in values:
-            built[name] = _convert(hints[name], values[name], f"{prefix}{name}")
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"missing key {prefix}{name}")
-    return cls(**built)
+    not_text = [f"{prefix}{name}" for name, value in values.items() if not _is_utf8(value)]
+    if not_text:
+        raise ValueError(f"{', '.join(not_text)}: must be UTF-8 text")
+    try:
+        # In pydantic's strict mode, JSON is what a recipe is: lists become tuples and groups dataclasses, an int will
+        # do for a float, and nothing else is converted. Python values would have to be tuples and dataclasses already.
+        adapter: TypeAdapter[Config] = _adapter(cls)  # type: ignore[arg-type]  # a class is hashable
+        return adapter.validate_json(json.dumps(values, default=str), strict=True, extra="forbid")
+    except ValidationError as error:
+        problems = [text for problem in error.errors(include_url=False) for text in _describe(cls, problem, prefix)]
+    raise ValueError("; ".join(dict.fromkeys(problems)))
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a ValueError that names the key, the value and what would be right."""
-    if isinstance(hint, type) and is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key}={value!r} must be a group of keys")
-        return parse(hint, value, prefix=f"{key}.")
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
-        return _convert(hint, value, key)
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{key}={value!r} must be one of: {', '.join(typing.get_args(hint))}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ValueError(f"{key}={value!r} must be a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key}={value!r} must be a mapping")
-        return {name: _convert(typing.get_args(hint)[1], item, f"{key}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{key}={value!r} must be of type {hint.__name__}")
-    return value
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _is_utf8(value: Any) -> bool:
+    """Whether JSON can hold it: the shell's bytes that are not UTF-8 reach Python as lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _describe(cls: type, problem: ErrorDetails, prefix: str) -> list[str]:
+    """One of pydantic's problems with `cls`, in the project's words; what two of them share is worded alike."""
+    path, what, value = problem["loc"], problem["type"], problem["input"]
+    key = prefix + ".".join(map(str, path))
+    if what == "value_error":
+        return [str(problem["ctx"]["error"])]
+    if what == "missing":
+        return [f"missing key {key}"]
+    if what == "unexpected_keyword_argument":
+        group = prefix + "".join(f"{name}." for name in path[:-1])
+        known = ", ".join(group + item.name for item in fields(_dataclass_at(cls, path[:-1])))
+        return [f"unknown key {key}", f"known keys here: {known}"]
+    if what == "literal_error":
+        return [f"{key}={value!r} must be {problem['ctx']['expected']}"]
+    if what in _EXPECTED:
+        return [f"{key}={value!r} must be {_EXPECTED[what]}"]
+    return [f"{key}={value!r}: {problem['msg']}"]
+
+
+def _dataclass_at(cls: Any, path: tuple[int | str, ...]) -> Any:
+    """The dataclass that keys lead to from `cls`."""
+    for name in path:
+        hint = typing.get_type_hints(cls)[str(name)]
+        (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # Group, or Group | None
+    return cls

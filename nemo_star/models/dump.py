@@ -81,7 +81,7 @@ def read_dump(folder: Path) -> Outputs:
                 for position, output in zip(positions, stored.get_tensor(name), strict=True):
                     rows.setdefault(position, output)
     if not found:
-        raise ValueError(f"{folder} holds no dump: make one with tools/generate.py debug.dump={folder}")
+        raise ValueError(f"{folder} holds no dump: make one with nemo-star generate debug.dump={folder}")
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from nemo_star.runtime.locations import checkout
 
 
 def machine() -> dict[str, str | None]:
@@ -19,10 +19,13 @@ def machine() -> dict[str, str | None]:
 
 def _commit() -> str | None:
     """The project's commit, with a plus where the working tree differs; None outside a checkout."""
+    folder = checkout()
+    if folder is None:  # a repository around an installed package is not the project's
+        return None
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=ROOT,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,

@@ -62,4 +62,4 @@ def test_dense_attention_parts_after_the_first_block(dumps):
 def test_a_folder_without_a_dump_is_refused(tmp_path):
     done = run_tool(COMPARE, tmp_path, tmp_path)
     assert done.returncode == 1
-    assert "holds no dump: make one with tools/generate.py debug.dump=" in done.stderr
+    assert "holds no dump: make one with nemo-star generate debug.dump=" in done.stderr

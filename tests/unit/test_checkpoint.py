@@ -224,5 +224,5 @@ def test_a_damaged_converted_checkpoint_is_noticed_before_loading(tmp_path, tiny
 
 def test_a_hugging_face_directory_given_for_a_converted_one_is_recognised(tmp_path):
     hf_model(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"convert it first, python tools/convert_checkpoint.py import --source"):
+    with pytest.raises(ValueError, match=r"convert it first, nemo-star convert import --source"):
         read_description(tmp_path / "hf")

@@ -1,6 +1,8 @@
 import pytest
 
+from nemo_star.checkpoint.description import CheckpointDescription
 from nemo_star.config.generate import GenerateConfig, InferenceConfig
+from nemo_star.config.model import RopeScaling
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.config.strict import parse
 from nemo_star.methods.config import AttentionConfig
@@ -32,7 +34,7 @@ def test_values_reach_their_fields():
         ({"attention": {"block_size": "4K"}}, "attention.block_size='4K' must be of type int"),
         ({"attention": {"block_size": True}}, "attention.block_size=True must be of type int"),
         ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known: dense, ring, star, ulysses"),
-        ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be one of: auto"),
+        ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be 'auto', 'te',"),
         ({"attention": {"block_size": 0}}, "attention.block_size=0 must be at least 1 token"),
         ({"attention": {"block_size": 32, "anchor_size": 64}}, "anchor_size=64 is larger than attention.block_size=32"),
         ({"attention": 3}, "attention=3 must be a group of keys"),
@@ -42,9 +44,16 @@ def test_values_reach_their_fields():
         ({"parallel": {"timeout_minutes": float("inf")}}, "parallel.timeout_minutes=inf must be above 0"),
         ({"inference": {"top_p": 1.5}}, "inference.top_p=1.5"),
         ({"inference": {"tokens_to_generate": 0}}, "inference.tokens_to_generate=0 must be at least 1"),
+        ({"attention": {"block_size": 4.0}}, "attention.block_size=4.0 must be of type int"),
+        ({"attention": None}, "attention=None must be a group of keys"),
+        ({"chat_template": 1}, "chat_template=1 must be of type bool"),
+        ({"inference": {"temperature": True}}, "inference.temperature=True must be of type float"),
+        ({"inference": {"temperature": "1"}}, "inference.temperature='1' must be of type float"),
+        ({"inference": {"end_strings": ["a", 1]}}, "inference.end_strings.1=1 must be of type str"),
+        ({"context": "\udcff"}, "context: must be UTF-8 text"),
         ({"inference": {"end_strings": "x"}}, "inference.end_strings='x' must be a list"),
         ({"parallel": {"context_parallel_size": 0}}, "parallel.context_parallel_size=0 must be at least 1"),
-        ({"dtype": "fp8"}, "dtype='fp8' must be one of: float32, bfloat16, float16"),
+        ({"dtype": "fp8"}, "dtype='fp8' must be 'float32', 'bfloat16' or 'float16'"),
         ({"checkpoint": None}, "checkpoint is not set"),
         ({"context": None}, "no context: give context=TEXT or context_file=PATH"),
         ({"query_file": "q"}, "query and query_file are both set"),
@@ -56,6 +65,47 @@ def test_what_is_wrong_is_named(values, message):
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
         parse(GenerateConfig, {**QUESTION, **values})
     assert message in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_on_one_line():
+    wrong = {"nonsense": 1, "attention": {"blok": 1, "anchr": 2, "anchor": "none"}, "inference": {"seed": "0"}}
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        parse(GenerateConfig, {**QUESTION, **wrong})
+    message = str(error.value)
+    for problem in ("unknown key nonsense", "unknown key attention.blok", "unknown key attention.anchr"):
+        assert problem in message
+    assert message.count("known keys here: attention.kind, ") == 1
+    assert "attention.anchor='none' must be 'shared' or 'recompute'" in message
+    assert "inference.seed='0' must be of type int" in message
+
+
+def test_a_prefix_leads_every_key():
+    with pytest.raises(ValueError, match=r"^row 3: block_size='a' must be of type int$"):
+        parse(AttentionConfig, {"block_size": "a"}, prefix="row 3: ")
+    with pytest.raises(ValueError, match=r"^unknown key row 3: size; known keys here: row 3: kind, row 3: "):
+        parse(AttentionConfig, {"size": 3}, prefix="row 3: ")
+
+
+def test_optional_groups_mappings_and_missing_keys():
+    shape = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 8}
+    scaling = {"rope_type": "linear", "factor": 2}
+    described = {"format_version": 1, "architecture": "A", "dtype": "float32", "weight_files": {"a": 5}}
+    whole = {**described, "model": {**shape, "vocab_size": 9, "rope_scaling": scaling}}
+    found = parse(CheckpointDescription, whole)
+    assert found.model.rope_scaling == RopeScaling("linear", 2.0)
+    assert found.model.kv_channels == 4
+    assert found.weight_files == {"a": 5}
+    for values, message in [
+        ({**described, "model": shape}, r"^missing key model.vocab_size$"),
+        ({**whole, "weight_files": {"a": "5"}}, r"^weight_files.a='5' must be of type int$"),
+        ({**whole, "weight_files": 3}, r"^weight_files=3 must be a mapping$"),
+        (
+            {**whole, "model": {**whole["model"], "rope_scaling": {**scaling, "low": 1}}},
+            r"^unknown key model.rope_scaling.low; known keys here: model.rope_scaling.rope_type, ",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse(CheckpointDescription, values)
 
 
 def test_resume_contradicts_overwrite_and_logits():
