@@ -8,12 +8,12 @@ from golden import CASES, FEW, check, run_cases, settings
 STAR, DENSE, RING = ([case for case in CASES if case["attn"] == kind] for kind in ("star", "dense", "ring"))
 LAYOUTS = {
     1: [(1, 1, 1)],
-    2: [(1, 1, 2)],
-    3: [(1, 1, 3)],
-    4: [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1)],
+    2: [(1, 2, 1)],
+    3: [(1, 3, 1)],
+    4: [(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)],
     8: [(2, 2, 2)],
 }
-"""World size -> (tp, pp, cp) to run on it."""
+"""World size -> (tp, cp, pp) to run on it."""
 QUICK_SIZES = (1, 2, 3, 4)
 
 
@@ -25,8 +25,8 @@ def plan(processes, everything):
     """What to run on so many processes: [(label, overrides, case)]; all cases, or each at its own size and a few."""
     runs = []
     for layout in LAYOUTS[processes]:
-        cp = layout[2]
-        own = [case for case in STAR if layout == (1, 1, case["world_size"])]
+        cp = layout[1]
+        own = [case for case in STAR if layout == (1, case["world_size"], 1)]
         for anchor in ("shared", "recompute"):
             few = [case for case in STAR if case["id"] in FEW and case not in own] if anchor == "shared" else []
             cases = STAR if everything or layout == (1, 1, 1) else own + few
@@ -42,7 +42,7 @@ def plan(processes, everything):
         if cp == 1:
             dense = DENSE if everything or layout == (1, 1, 1) else DENSE[:1]
             runs += [(name(case, layout, "dense"), settings(case, layout), case) for case in dense]
-        if layout == (1, 1, 2):
+        if layout == (1, 2, 1):
             one = {"attn": "star", "block_size": 512, "anchor_block_size": -1}
             runs += [(name(case, layout, "one-block"), settings(case, layout, **one), case) for case in DENSE]
     return runs
@@ -93,10 +93,10 @@ def test_all_recorded_answers_at_every_layout(all_answers, golden_logits, layout
 @pytest.mark.parametrize("case", STAR, ids=lambda case: case["id"])
 def test_star_at_its_own_number_of_ranks(answers, golden_logits, case):
     for anchor in ("shared", "recompute"):
-        check(answers[name(case, (1, 1, case["world_size"]), anchor)], case, golden_logits)
+        check(answers[name(case, (1, case["world_size"], 1), anchor)], case, golden_logits)
 
 
 def test_a_rank_without_a_block_takes_part(answers):
     case = next(case for case in STAR if case["id"] == "tiny-a-star-w2-c32-q1-b32-afull")
-    line, _ = answers[name(case, (1, 1, 4), "shared")]
+    line, _ = answers[name(case, (1, 4, 1), "shared")]
     assert line["stats"]["kv_tokens_per_cp_rank"] == [32, 0, 0, 0]

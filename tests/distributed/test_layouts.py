@@ -18,17 +18,17 @@ TOKENS = 5
 EXACT = {
     "dense": ("dense", 1, 1, 1),
     "dense-tp": ("dense", 2, 1, 1),
-    "dense-tp-pp": ("dense", 2, 2, 1),
-    "ring": ("ring", 1, 1, 4),
+    "dense-tp-pp": ("dense", 2, 1, 2),
+    "ring": ("ring", 1, 4, 1),
     "ring-pp": ("ring", 1, 2, 2),
-    "ring-tp": ("ring", 2, 1, 2),
-    "ring-sharded": ("ring", 1, 1, 4),
-    "ring-tp-sharded": ("ring", 2, 1, 2),
-    "ulysses": ("ulysses", 1, 1, 4),
+    "ring-tp": ("ring", 2, 2, 1),
+    "ring-sharded": ("ring", 1, 4, 1),
+    "ring-tp-sharded": ("ring", 2, 2, 1),
+    "ulysses": ("ulysses", 1, 4, 1),
     "ulysses-pp": ("ulysses", 1, 2, 2),
-    "ulysses-tp": ("ulysses", 2, 1, 2),
+    "ulysses-tp": ("ulysses", 2, 2, 1),
 }
-"""Name -> (attention, tp, pp, cp) on four ranks; what remains is data parallel. Decode is replicated but where said."""
+"""Name -> (attention, tp, cp, pp) on four ranks; what remains is data parallel. Decode is replicated but where said."""
 PAIRS = [
     (run, model)
     for model in MODELS
@@ -67,8 +67,8 @@ def models(tmp_path_factory):
     return made
 
 
-def parallel(tp, pp, cp):
-    sizes = {"tensor_model": tp, "pipeline_model": pp, "context": cp}
+def parallel(tp, cp, pp):
+    sizes = {"tensor_model": tp, "context": cp, "pipeline_model": pp}
     return [f"parallel.{name}_parallel_size={size}" for name, size in sizes.items()]
 
 
@@ -87,7 +87,7 @@ def answers(models, tmp_path_factory):
             runs[name, model].append(f"parallel.decode={decode}")
     for name, pp in (("dp1", 2), ("dp2", 1)):
         for choice in ("greedy", "sampled"):
-            star = ["attention.block_size=32", f"inference={choice}", *parallel(1, pp, 2)]
+            star = ["attention.block_size=32", f"inference={choice}", *parallel(1, 2, pp)]
             runs[name, choice] = [*paths, f"input={many}", *star]
     outputs = {key: folder / "-".join(key) for key in runs}
     for key, arguments in runs.items():

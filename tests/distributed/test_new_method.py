@@ -7,8 +7,8 @@ from launch import ROOT, generate_many, read_jsonl, run_tool, torchrun, write_js
 
 TOY = "toy_method.SlidingWindow"
 CONTEXT = [(5 * i * i + i) % 251 for i in range(150)]
-LAYOUTS = {"cp1": (1, 1, 1), "cp2": (1, 1, 2), "tp2": (2, 1, 1), "pp2": (1, 2, 1)}
-"""Name -> (tp, pp, cp); on two ranks, what remains is data parallel."""
+LAYOUTS = {"cp1": (1, 1, 1), "cp2": (1, 2, 1), "tp2": (2, 1, 1), "pp2": (1, 1, 2)}
+"""Name -> (tp, cp, pp); on two ranks, what remains is data parallel."""
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def answers(tiny, tmp_path_factory):
     source = write_jsonl(folder / "in.jsonl", [{"id": 0, "context_ids": CONTEXT, "query_ids": [3, 4, 5]}])
     paths = ["--config-dir", str(folder), f"checkpoint={tiny}", f"input={source}", "inference.tokens_to_generate=6"]
     runs = {}
-    for name, (tp, pp, cp) in LAYOUTS.items():
-        sizes = {"tensor_model": tp, "pipeline_model": pp, "context": cp}
+    for name, (tp, cp, pp) in LAYOUTS.items():
+        sizes = {"tensor_model": tp, "context": cp, "pipeline_model": pp}
         layout = [f"parallel.{key}_parallel_size={size}" for key, size in sizes.items()]
         runs[name] = [*paths, "attention=window", "attention.block_size=32", *layout]
     one_rank = ["parallel.context_parallel_size=1"]

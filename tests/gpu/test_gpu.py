@@ -196,7 +196,7 @@ def first_token_errors(checkpoint, folder, kernel, packages, golden_logits):
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("layout", [(1, 1, 2), (2, 1, 1), (1, 2, 1)], ids=["cp", "tp", "pp"])
+@pytest.mark.parametrize("layout", [(1, 2, 1), (2, 1, 1), (1, 1, 2)], ids=["cp", "tp", "pp"])
 def test_recorded_answers_on_two_gpus(tiny, tmp_path, golden_logits, layout):
     """NCCL: context, tensor (with sequence parallelism, too) and pipeline parallelism."""
     exact = ["attention.kernel=math", "dtype=float32"]

@@ -22,10 +22,10 @@ MAX_TOKENS = max(case["max_new_tokens"] for case in CASES)
 """All cases generate so many, that more of them share a run; what was recorded is their beginning."""
 
 
-def settings(case, layout=(1, 1, None), **changes):
+def settings(case, layout=(1, None, 1), **changes):
     """Overrides that make a run of this case, or of a changed one, at a layout."""
     case = {**case, **changes}
-    tp, pp, cp = layout
+    tp, cp, pp = layout
     overrides = [
         f"attention={case['attn']}",
         f"inference.tokens_to_generate={MAX_TOKENS}",
