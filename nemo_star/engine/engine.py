@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -128,9 +129,9 @@ class Engine:
                     caches_own=owner == self.groups.cp.rank(),
                 )
             )
-        self.state.step = DecodeStep(tuple(rows))
         last = [row.stop - 1 for row in rows]
-        logits = self.stage.decode(torch.tensor(ids, device=self.device), torch.cat(positions), last)
+        with self._step(DecodeStep(tuple(rows))):
+            logits = self.stage.decode(torch.tensor(ids, device=self.device), torch.cat(positions), last)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
             logits = self.stage.logits_to_first(logits, len(last))
         return logits if self.groups.replica.rank() == 0 else None
@@ -155,8 +156,17 @@ class Engine:
     def _encode_block(self, context_ids: Tensor, block: Block, step: PrefillStep) -> None:
         spans = self.method.in_flight(block)
         positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in spans])
+        with self._step(step):
+            self.stage.encode(context_ids[positions], positions)
+
+    @contextmanager
+    def _step(self, step: PrefillStep | DecodeStep) -> Iterator[None]:
+        """What the layers read in one forward pass; nothing of it is kept alive after."""
         self.state.step = step
-        self.stage.encode(context_ids[positions], positions)
+        try:
+            yield
+        finally:
+            self.state.step = None
 
     def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
         """The first rank's choice, on every rank: machines may round differently, and all must stop together."""

@@ -1,0 +1,72 @@
+"""Contexts and sequences as objects: what is alive, what is shared, what is changed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from nemo_star import LLM
+
+CONTEXT = [(7 * i * i + 3 * i) % 251 for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return LLM(tiny, attention={"block_size": 32}).engine
+
+
+def kv(cache, engine):
+    return [x.clone() for number in engine.stage.layer_numbers for x in cache.get(number)]
+
+
+def test_a_context_is_freed_with_its_last_reference(engine):
+    """Also after a step: a second context is encoded without the first one's memory."""
+    context = engine.encode(CONTEXT)
+    engine.decode([(engine.sequence(context), [1, 2, 3])])
+    cache = weakref.ref(context.cache)
+    del context
+    gc.collect()
+    assert cache() is None
+
+
+def test_decoding_changes_nothing_in_the_context(engine):
+    context = engine.encode(CONTEXT)
+    before = kv(context.cache, engine)
+    sequence = engine.sequence(context)
+    for tokens in ([1, 2, 3], [4], [5]):
+        engine.decode([(sequence, tokens)])
+    assert all(torch.equal(*pair) for pair in zip(before, kv(context.cache, engine), strict=True))
+    assert context.cache.tokens == context.tokens == 120
+    assert sequence.cache.tokens == 5
+    assert sequence.position == 125
+
+
+def test_sequences_of_several_contexts_run_in_one_step(engine):
+    contexts = [engine.encode(CONTEXT), engine.encode(CONTEXT[::-1][:70])]
+    prompts = [[3, 4, 5], [9]]
+    sequences = [engine.sequence(context) for context in contexts]
+    together = engine.decode(zip(sequences, prompts, strict=True))
+    assert together.shape == (2, 256)
+    for row, (context, prompt) in enumerate(zip(contexts, prompts, strict=True)):
+        alone = engine.decode([(engine.sequence(context), prompt)])
+        assert (together[row] - alone[0]).abs().max() <= 5e-4
+
+
+def test_a_query_in_one_step_or_token_by_token_is_the_same(engine):
+    context = engine.encode(CONTEXT)
+    whole = engine.decode([(engine.sequence(context), [3, 4, 5])])
+    sequence = engine.sequence(context)
+    for token in (3, 4, 5):
+        logits = engine.decode([(sequence, [token])])
+    assert (whole - logits).abs().max() <= 5e-4
+
+
+def test_two_questions_on_one_context_are_those_on_two(engine):
+    def answer(context, query):
+        choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
+        return [step.token for step in engine.generate(context, query, max_tokens=6, choose=choose)]
+
+    shared = engine.encode(CONTEXT)
+    for query in ([3, 4, 5], [8, 1], [3, 4, 5]):
+        assert answer(shared, query) == answer(engine.encode(CONTEXT), query)
