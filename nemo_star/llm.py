@@ -106,23 +106,27 @@ class LLM:
         self.config = config
         self.method = method_of(config.attention)
         layout = plan_layout(config.parallel, self.method, world_size=environment_world_size())
-        self._exits = ExitStack()
-        self.watchdog = self._exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
-        self.device = initialize()
-        check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
-        self.groups = create_groups(layout)
-        folder = Path(str(config.checkpoint))
+        with ExitStack() as exits:
+            self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
+            self.device = initialize()
+            check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
+            self.groups = create_groups(layout)
+            self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
+            self._exits = exits.pop_all()
+
+    def _read_checkpoint(self, folder: Path, free: FreeMemory) -> None:
+        """All of it but the weights."""
         self.description = on_first_rank(lambda: read_description(folder))
-        check_layout(self.description.model, layout, self.method)
+        check_layout(self.description.model, self.groups.layout, self.method)
         work = Workload(
             self.description.model,
-            layout,
+            self.groups.layout,
             self.method,
             context_tokens=0,
-            dtype=dtype_name(config, self.device),
-            cache_dtype=config.cache.dtype,
+            dtype=dtype_name(self.config, self.device),
+            cache_dtype=self.config.cache.dtype,
         )
-        self._limit = MemoryLimit(work, gather_objects(free(self.device)))
+        self._limit = MemoryLimit(work, gather_objects(free))
         self._limit.check(0)
         answers = self.is_first_of_replica
         self.tokenizer = on_every_rank(lambda: Tokenizer.load(folder / HF_FOLDER) if answers else None)
@@ -245,7 +249,7 @@ class LLM:
             assert self.tokenizer is not None
             encode = self.tokenizer.encode_context if name == "context" else self.tokenizer.encode_query
             return encode(text, chat_template=self.config.chat_template)
-        ids = list(text)
+        ids = _plain(text)
         check_ids(name, ids, self.description.model.vocab_size)
         return ids
 
@@ -254,8 +258,13 @@ def _several(queries: Text | Sequence[Text]) -> list[Text]:
     """One query, text or token ids, is a list of one."""
     if isinstance(queries, str):
         return [queries]
-    single = [query for query in queries if isinstance(query, int)]
-    return [single] if single else [query for query in queries if not isinstance(query, int)]
+    listed = _plain(queries)
+    return [listed] if listed and isinstance(listed[0], int) else listed
+
+
+def _plain(ids: Any) -> list[Any]:
+    """A list, also of a tensor or an array."""
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
 def _check_stop(params: SamplingParams, tokenizer: Tokenizer | None) -> None:

@@ -31,6 +31,10 @@ class SamplingParams:
     """Keep the logits that each token was taken from."""
 
     def __post_init__(self) -> None:
+        for names, expected in (("max_tokens top_k seed n", int), ("temperature top_p", int | float)):
+            for name in names.split():
+                if not isinstance(getattr(self, name), expected):
+                    raise ValueError(f"SamplingParams: {name}={getattr(self, name)!r} must be a number")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))

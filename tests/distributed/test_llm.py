@@ -117,6 +117,7 @@ def test_what_is_wrong_is_named_before_weights_are_loaded(checkpoint, settings, 
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"stop": [""]}, "stop holds an empty string"),
         ({"n": 0}, "n=0 must be at least 1"),
+        ({"max_tokens": "5"}, "max_tokens='5' must be a number"),
     ],
 )
 def test_sampling_params_are_checked(params, message):

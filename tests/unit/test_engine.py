@@ -70,3 +70,19 @@ def test_two_questions_on_one_context_are_those_on_two(engine):
     shared = engine.encode(CONTEXT)
     for query in ([3, 4, 5], [8, 1], [3, 4, 5]):
         assert answer(shared, query) == answer(engine.encode(CONTEXT), query)
+
+
+def test_token_ids_may_be_a_tensor(tiny):
+    from nemo_star import SamplingParams
+
+    llm = LLM(tiny, attention={"block_size": 32})
+    book, params = llm.encode(torch.tensor(CONTEXT)), SamplingParams(max_tokens=3)
+    (one,) = llm.generate(book, torch.tensor([3, 4, 5]), params)
+    two = llm.generate(book, [[3, 4, 5], torch.tensor([3, 4, 5])], params)
+    assert [result.token_ids for result in two] == [one.token_ids] * 2
+    assert one.text is None
+    with pytest.raises(ValueError, match="no tokenizer: give token ids"):
+        llm.generate(book, "text", params)
+    with pytest.raises(ValueError, match="stop .* needs text"):
+        llm.generate(book, [3], SamplingParams(stop=["."]))
+    assert llm.generate(book, [], params) == []
