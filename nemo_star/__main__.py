@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "answer questions about long contexts (torchrun for several ranks)",
     "convert": "checkpoints from Hugging Face's format, and back",
     "plan": "memory and time of a long context before anything runs",
-    "benchmark": "kinds of attention on random weights (torchrun for several ranks)",
+    "benchmark": "attention methods on random weights (torchrun for several ranks)",
     "benchmark-kernels": "attention kernels of this machine against torch's own",
     "needles": "questions with known answers for generate, and their score",
     "doctor": "what is installed, what works, which attention kernel would run",

@@ -128,11 +128,11 @@ class PlanConfig:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
     def __post_init__(self) -> None:
-        for kind in self.compare:
-            if kind not in KINDS:
-                raise ValueError(f"compare: {kind!r} is unknown; known: {', '.join(KINDS)}")
+        for method in self.compare:
+            if method not in KINDS:
+                raise ValueError(f"compare: {method!r} is unknown; known: {', '.join(KINDS)}")
         if not self.compare:
-            raise ValueError("compare is empty: give at least one kind")
+            raise ValueError("compare is empty: give at least one method")
         for name in ("context_tokens", "world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
