@@ -1,4 +1,4 @@
-"""Compare kinds of attention on random weights: `nemo-star benchmark` from a checkout."""
+"""Compare attention methods on random weights: `nemo-star benchmark` from a checkout."""
 
 import sys
 

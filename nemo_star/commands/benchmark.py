@@ -1,4 +1,4 @@
-"""Compare kinds of attention on random weights: prefill, decode, memory; `--help` prints the keys."""
+"""Compare attention methods on random weights: prefill, decode, memory; `--help` prints the keys."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ _HYDRA_OVERRIDES = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
+_RESOLVING = "ValueError raised while resolving interpolation: "
 
 Config = TypeVar("Config")
 
@@ -75,7 +76,8 @@ def compose(
     try:
         values: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        reason = str(error).splitlines()[0]  # what follows is about OmegaConf's own types
+        raise ValueError(f"{error.full_key}: {reason.removeprefix(_RESOLVING)}") from error
     return parse(cls, values)
 
 

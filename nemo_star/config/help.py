@@ -6,6 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ def describe_keys(cls: type, *, groups: Path) -> str:
     Args:
         groups: folder of Hydra's groups (conf/); a field with the name of a folder there can be chosen as a whole.
     """
+    classes = _schemas(cls)
+    for base in filter(is_dataclass, cls.__mro__[1:]):  # pydantic reads the docstrings of the class's own fields only
+        inherited = _schemas(base)[base.__name__]["properties"]
+        for name, field in classes[cls.__name__]["properties"].items():
+            field.setdefault("description", inherited.get(name, {}).get("description", ""))
+    return "\n".join(_describe_class(classes[cls.__name__], classes, "", groups))
+
+
+def _schemas(cls: type) -> dict[str, Any]:
+    """JSON schemas of `cls` and of the classes inside it, by name."""
     # A dataclass has no place for pydantic's configuration; the tuple around it takes it and hands it on.
     adapter = TypeAdapter(tuple[cls], config=ConfigDict(use_attribute_docstrings=True))  # type: ignore[valid-type]
-    classes = adapter.json_schema()["$defs"]
-    return "\n".join(_describe_class(classes[cls.__name__], classes, "", groups))
+    found: dict[str, Any] = adapter.json_schema()["$defs"]
+    return found
 
 
 def _describe_class(schema: dict[str, Any], classes: dict[str, Any], prefix: str, groups: Path) -> Iterator[str]:

@@ -1,6 +1,9 @@
-"""Hydra's side of the tools: literal values, recipes, one voice, no traces."""
+"""The command line: Hydra's literal values and recipes, --help, the commands' names, one voice, no traces."""
 
 import random
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -8,9 +11,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch import ROOT, run_tool, torchrun
 from omegaconf import OmegaConf
 
+from nemo_star.__main__ import COMMANDS
+from nemo_star.__main__ import main as nemo_star
 from nemo_star.config.benchmark import BenchmarkConfig
-from nemo_star.config.compose import RECIPES, compose, quote, quote_literal
+from nemo_star.config.compose import CONF, RECIPES, compose, quote, quote_literal
 from nemo_star.config.generate import GenerateConfig
+from nemo_star.config.help import describe_keys
+from nemo_star.config.plan import PlanConfig
+from nemo_star.runtime import locations
+from nemo_star.runtime.program import started_as
 
 GENERATE = ROOT / "tools" / "generate.py"
 LITERAL = ("checkpoint", "context", "query", "output")
@@ -74,11 +83,119 @@ def test_a_recipe_of_ones_own_may_inherit_another(tmp_path):
     assert compose(GenerateConfig, arguments, tool="generate").context == "a"
 
 
+@dataclass(frozen=True)
+class Inner:
+    """What is inside."""
+
+    tokens: tuple[int, ...] = (1, 2)
+    """Costs $5, or ${x}; None of it is 'quoted'."""
+    name: str = "x"
+
+
+@dataclass(frozen=True)
+class Mine:
+    """Keys of a command that does not exist."""
+
+    size: int
+    """How large."""
+    mode: str | None = None
+    attention: Inner = field(default_factory=Inner)
+    other: Inner | None = None
+    """Or nothing."""
+
+
+def test_help_shows_a_class_as_it_is_written():
+    assert describe_keys(Mine, groups=CONF).splitlines() == [
+        f"{'size=int':<58} required",
+        "    How large.",
+        f"{'mode=text|null':<58} default: null",
+        "attention=dense|ring|star|ulysses",
+        "    What is inside.",
+        f"{'attention.tokens=[int,...]':<58} default: [1,2]",
+        "    Costs $5, or ${x}; null of it is 'quoted'.",
+        f"{'attention.name=text':<58} default: x",
+        "other.*",
+        "    Or nothing.",
+        f"{'other.tokens=[int,...]':<58} default: [1,2]",
+        "    Costs $5, or ${x}; null of it is 'quoted'.",
+        f"{'other.name=text':<58} default: x",
+    ]
+
+
+def test_a_new_field_is_in_the_help_without_further_work(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/nemo-star", "generate"])
+    with pytest.raises(SystemExit) as done:
+        compose(Mine, ["--help"], tool="generate")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert describe_keys(Mine, groups=CONF) in shown
+    assert "\n  nemo-star generate [" in shown
+    assert "torchrun --nproc-per-node N -m nemo_star generate [" in shown
+
+
+@pytest.mark.parametrize("config", [GenerateConfig, BenchmarkConfig, PlanConfig])
+def test_every_key_has_a_docstring(config):
+    lines = describe_keys(config, groups=CONF).splitlines()
+    bare = [
+        line.partition("=")[0]
+        for line, below in pairwise([*lines, ""])
+        if not line.startswith(" ") and not below.startswith(" ")
+    ]
+    assert bare == []
+
+
+def test_usage_is_how_the_process_was_started(monkeypatch):
+    for script, expected in [
+        ("/usr/bin/nemo-star", ("nemo-star plan", "-m nemo_star plan")),
+        ("/lib/nemo_star/__main__.py", ("python -m nemo_star plan", "-m nemo_star plan")),
+        ("tools/plan.py", ("python tools/plan.py", "tools/plan.py")),
+    ]:
+        monkeypatch.setattr(sys, "argv", [script])
+        assert started_as("plan") == expected
+
+
+def test_the_commands_are_listed_and_unknown_ones_refused(capsys):
+    for arguments in ([], ["--help"]):
+        assert nemo_star(arguments) == 0
+        listed = [
+            line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "
+        ]
+        assert listed == list(COMMANDS)
+    with pytest.raises(ValueError, match="unknown command 'generat'; known: generate, convert"):
+        nemo_star(["generat"])
+
+
+def test_no_command_imports_what_is_heavy_before_it_runs():
+    program = (
+        "import importlib, sys; from nemo_star.__main__ import COMMANDS\n"
+        "for name in COMMANDS: importlib.import_module('nemo_star.commands.' + name.replace('-', '_')).main\n"
+        "sys.exit(str({'torch', 'megatron', 'transformers'} & set(sys.modules) or 0))"
+    )
+    done = run_tool("-c", program)
+    assert done.stderr == "0\n"
+
+
+def test_an_unknown_command_is_one_line(tmp_path):
+    done = run_tool("-m", "nemo_star", "nonsense", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown command 'nonsense'; known: generate, ")
+
+
+def test_the_demo_s_files_are_only_in_a_checkout(monkeypatch):
+    monkeypatch.setattr("nemo_star.config.compose.checkout", lambda: None)
+    with pytest.raises(ValueError, match="^checkpoint: this recipe names files of a checkout"):
+        compose(GenerateConfig, ["--config-name", "demo"], tool="generate")
+    monkeypatch.undo()
+    found = compose(GenerateConfig, ["--config-name", "demo"], tool="generate")
+    assert found.context_file == str(locations.checkout() / "assets/demo_document.txt")
+
+
 def test_help_and_cfg_print_once_and_leave_nothing(tmp_path):
     shown = torchrun(2, GENERATE, "--help", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("Answer questions about long contexts") == 1
-    shown = torchrun(2, GENERATE, "--cfg", "job", "checkpoint=c", cwd=tmp_path)
+    assert shown.stdout.count("parallel.timeout_minutes=float") == 1
+    shown = torchrun(2, "-m", "nemo_star", "generate", "--cfg", "job", "checkpoint=c", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("checkpoint: c") == 1
     assert yaml.safe_load(shown.stdout)["attention"]["kind"] == "star"
