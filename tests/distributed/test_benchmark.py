@@ -13,7 +13,8 @@ from nemo_star.config.strict import parse
 KINDS = ["star:shared", "star:recompute", "ring+decode:sharded", "ulysses+decode:replicated", "dense", "transformers"]
 LENGTHS = [96, 160]
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 100}
-MODEL = {**SHAPE, "num_query_groups": 2}
+MODEL = {**SHAPE, "num_query_groups": 2, "kv_channels": 16}
+"""Heads of their own dimension, not hidden_size / num_attention_heads."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_transformers_computes_the_same_on_our_weights(groups):
     tokens, marks, kv_bytes = timed_generation(llama, [*context, 1], 5)
     assert tokens == [step.token for step in steps]
     assert len(marks) == 5
-    assert kv_bytes == 2 * 2 * 2 * 8 * 4 * 55
+    assert kv_bytes == 2 * 2 * 2 * 16 * 4 * 55
     with torch.inference_mode():
         expected = llama(torch.tensor([[*context, 1]])).logits[0, -1]
     assert (steps[0].logits - expected).abs().max() <= 5e-4

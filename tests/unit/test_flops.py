@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from nemo_star.config.model import ModelConfig
@@ -23,6 +25,15 @@ PAIR = 4 * 4 * 2
 
 def flops(kind, tokens, cp_size=2, **settings):
     return prefill_flops(MODEL, method_of(AttentionConfig(kind=kind, **settings)), tokens, cp_size) // 2
+
+
+def test_heads_may_have_a_dimension_of_their_own():
+    wide = dataclasses.replace(MODEL, kv_channels=6)
+    assert (wide.query_width, wide.kv_width, wide.pair_flops) == (24, 12, 96)
+    assert wide.layer_matrices == {"qkv": 8 * (24 + 2 * 12), "projection": 24 * 8, "ffn": 3 * 8 * 16}
+    assert dataclasses.replace(MODEL, kv_channels=0) == MODEL
+    with pytest.raises(ValueError, match="hidden_size 9 is not divisible by num_attention_heads 4: give kv_channels"):
+        dataclasses.replace(MODEL, hidden_size=9, kv_channels=0)
 
 
 def test_exact_kinds_count_every_pair_once():
