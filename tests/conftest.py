@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from golden import GOLDEN
+from launch import ROOT
 from safetensors.torch import load_file
 
 
@@ -25,6 +26,16 @@ def tiny(tmp_path_factory):
 
     target = tmp_path_factory.mktemp("tiny") / "checkpoint"
     import_checkpoint(GOLDEN / "models" / "tiny-a", target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The bundled demo model, converted."""
+    from nemo_star.checkpoint.convert import import_checkpoint
+
+    target = tmp_path_factory.mktemp("demo") / "checkpoint"
+    import_checkpoint(ROOT / "assets" / "demo_model", target)
     return target
 
 

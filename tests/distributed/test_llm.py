@@ -20,23 +20,14 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from nemo_star.checkpoint.convert import import_checkpoint
-
-    target = tmp_path_factory.mktemp("demo") / "checkpoint"
-    import_checkpoint(ROOT / "assets" / "demo_model", target)
-    return target
-
-
-@pytest.fixture(scope="module")
-def reports(checkpoint, tmp_path_factory):
+def reports(demo, tmp_path_factory):
     """Run -> the report of each rank."""
     folder = tmp_path_factory.mktemp("llm")
     found = {}
     for name, (processes, parallel) in RUNS.items():
         requests, output = folder / f"{name}.json", folder / f"{name}.out.json"
         requests.write_text(json.dumps({"context": DOCUMENT.text, "queries": QUERIES, "parallel": parallel}))
-        arguments = (ROOT / "tests/workers/llm.py", checkpoint, requests, output)
+        arguments = (ROOT / "tests/workers/llm.py", demo, requests, output)
         done = run_tool(*arguments) if processes == 1 else torchrun(processes, *arguments)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(output.read_text())
@@ -83,10 +74,10 @@ def test_an_error_is_raised_on_every_rank(reports, run):
     }
 
 
-def test_the_tool_gives_the_same_tokens(reports, checkpoint, tmp_path):
+def test_the_tool_gives_the_same_tokens(reports, demo, tmp_path):
     rows = [{"id": number, "context": DOCUMENT.text, "query": query} for number, query in enumerate(QUERIES)]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    run = [f"checkpoint={checkpoint}", f"input={source}", f"output={tmp_path / 'out.jsonl'}"]
+    run = [f"checkpoint={demo}", f"input={source}", f"output={tmp_path / 'out.jsonl'}"]
     (result,) = generate_many(2, [[*run, "attention.block_size=64", "inference.tokens_to_generate=12"]], tmp_path)
     assert result["code"] == 0, result
     lines = read_jsonl(tmp_path / "out.jsonl")
@@ -102,11 +93,11 @@ def test_the_tool_gives_the_same_tokens(reports, checkpoint, tmp_path):
         ({"dtype": "int8"}, "dtype"),
     ],
 )
-def test_what_is_wrong_is_named_before_weights_are_loaded(checkpoint, settings, message):
+def test_what_is_wrong_is_named_before_weights_are_loaded(demo, settings, message):
     from nemo_star import LLM
 
     with pytest.raises(ValueError, match=message):
-        LLM(checkpoint, **settings)
+        LLM(demo, **settings)
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,6 @@ DOCUMENTS = [make_document(random.Random(f"test {seed}"), filler_sentences=60, n
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    from nemo_star.checkpoint.convert import import_checkpoint
-
-    target = tmp_path_factory.mktemp("demo") / "checkpoint"
-    import_checkpoint(ASSETS / "demo_model", target)
-    return target
-
-
-@pytest.fixture(scope="module")
 def rows():
     return [
         {"id": number, "context": document.text, "query": question(key), "outputs": [value]}
