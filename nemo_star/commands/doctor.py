@@ -149,7 +149,6 @@ def _megatron() -> Finding:
 def _choice() -> Finding:
     import torch
 
-    from nemo_star.kernels import streaming
     from nemo_star.kernels.registry import kernels_that_run
     from nemo_star.models.layer_spec import implementation_for
 
@@ -162,9 +161,6 @@ def _choice() -> Finding:
     text = (
         f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {first} (also: {', '.join(others)})"
     )
-    if device.type == "cpu":
-        llvm = streaming.llvm_version()
-        text += (
-            f" with llvmlite {llvm}" if llvm else " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
-        )
+    if device.type == "cpu" and first != "numba":
+        text += " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
     return Finding("will run", f"{text}, {layers} layers")

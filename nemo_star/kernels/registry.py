@@ -21,12 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nemo_star.kernels import streaming
+from nemo_star.kernels.math import MathKernel
+from nemo_star.kernels.numba_kernel import NumbaKernel, is_installed
 from nemo_star.kernels.te import TEKernel
-from nemo_star.kernels.two_parts import decode_by_parts, no_keys
+from nemo_star.kernels.torch_cpu import TorchCpuKernel
+from nemo_star.kernels.torch_flash import FlashKernel
 from nemo_star.runtime.transformer_engine import find_transformer_engine, is_loaded
-
-aten = torch.ops.aten
 
 
 class Kernel(Protocol):
@@ -37,93 +37,25 @@ class Kernel(Protocol):
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]: ...
 
 
-class MathKernel:
-    """The float32 oracle: textbook softmax attention, with a score matrix of sq x sk. For tests and small inputs."""
-
-    name = "math"
-
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        sq, sk, repeats = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
-        if sk == 0:
-            return no_keys(q)
-        keys, values = (x.float().repeat_interleave(repeats, dim=2) for x in (k, v))
-        scores = torch.einsum("qbnh,kbnh->bnqk", q.float(), keys) * scale
-        if causal:
-            visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(diagonal=sk - sq)
-            scores = scores.masked_fill(~visible, float("-inf"))
-        lse = torch.logsumexp(scores, dim=-1)
-        out = torch.einsum("bnqk,kbnh->qbnh", torch.exp(scores - lse.unsqueeze(-1)), values)
-        return out, lse.permute(2, 0, 1)
-
-
-class CpuKernel:
-    """torch's flash attention for CPU: float32, bfloat16 or float16, grouped queries without repeating K/V; over a long
-    cache, for one token, code made for it (`streaming.py`).
-
-    torch's `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: `decode_by_parts`
-    asks for neither.
-    """
-
-    name = "cpu"
-
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if q.shape[0] == k.shape[0]:
-            return _cpu_flash(q, k, v, scale, causal=True)[0]
-        return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        if streaming.streams(q, k, v):
-            return streaming.attend(q, k, v, scale)
-        return decode_by_parts(_cpu_flash, q, k, v, scale, causal=causal)
-
-
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's kernel on Megatron's layout: out [sq, b, np, hn], lse [sq, b, np]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()
-
-
-class FlashKernel:
-    """torch's CUDA flash attention: float16 or bfloat16, causal aligned to the bottom right, grouped queries.
-
-    Over an empty K it would return lse = +inf, the wrong sign for a merge: that case never reaches it.
-    """
-
-    name = "flash"
-
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return _cuda_flash(q, k, v, scale, causal=True)[0]
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        if k.shape[0] == 0:
-            return no_keys(q)
-        out, lse = _cuda_flash(q, k, v, scale, causal and q.shape[0] > 1)
-        return out.float(), lse
-
-
-def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's kernel takes [b, s, heads, hn]: a view of Megatron's layout."""
-    sq, sk = q.shape[0], k.shape[0]
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, None, None, sq, sk, 0.0, causal, False, scale=scale)
-    return out.transpose(0, 1), lse.permute(2, 0, 1)
-
-
-_KERNELS: dict[str, type[Kernel]] = {"math": MathKernel, "cpu": CpuKernel, "flash": FlashKernel, "te": TEKernel}
+_KERNELS: dict[str, type[Kernel]] = {
+    "te": TEKernel,
+    "flash": FlashKernel,
+    "numba": NumbaKernel,
+    "cpu": TorchCpuKernel,
+    "math": MathKernel,
+}
 
 
 def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of the kernels that run on this device with this type, the one to prefer first."""
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fits = fits and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, for both
+    on_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
     runs = {
         "te": fits and is_loaded(),
         "flash": fits,
-        "cpu": device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16),
+        "numba": on_cpu and is_installed(),
+        "cpu": on_cpu,
         "math": True,
     }
     return [name for name, possible in runs.items() if possible]
@@ -139,7 +71,11 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
     if name == "auto":
         name = can[0]
     if name not in can:
-        why = "" if name != "te" or is_loaded() else f" ({find_transformer_engine().told()})"
+        why = ""
+        if name == "te" and not is_loaded():
+            why = f" ({find_transformer_engine().told()})"
+        elif name == "numba" and not is_installed():
+            why = " (Numba is not installed: pip install 'nemo-star[cpu]')"
         raise ValueError(
             f"attention.kernel={name} does not run on {device.type} with {dtype}{why}; these do: {', '.join(can)}"
         )

@@ -19,7 +19,7 @@ class AttentionConfig:
     anchor: Literal["shared", "recompute"] = "shared"
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""
-    kernel: Literal["auto", "te", "flash", "cpu", "math"] = "auto"
+    kernel: Literal["auto", "te", "flash", "numba", "cpu", "math"] = "auto"
     """What computes attention over the keys that a rank holds; `auto` takes the first that runs."""
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ def test_the_tools_run_beside_them_and_say_so_once(broken, tiny, tmp_path):
     assert done.stderr.count(told) == 1
     assert done.stderr.count("apex 0.9.10.dev0 is not NVIDIA Apex but PyPI's unrelated one") == 1
     assert "pip uninstall apex" in done.stderr
-    assert "kernel cpu" in done.stderr
+    assert "kernel numba" in done.stderr
 
 
 def test_the_doctor_names_them_and_says_that_the_project_runs(broken):

@@ -181,7 +181,7 @@ def test_sampling_depends_on_seed_and_line(runs):
 def test_what_will_run_is_said_once_before_it_runs(runs):
     said = "star attention: 120 context tokens, 4 blocks of 32 tokens, anchor of 32 tokens (shared)"
     assert runs.results["plain"]["stderr"].count(said) == 1
-    assert "kernel cpu, float32" in runs.results["plain"]["stderr"]
+    assert "kernel numba, float32" in runs.results["plain"]["stderr"]
 
 
 def test_a_small_block_is_warned_of_once_with_its_unit(runs):

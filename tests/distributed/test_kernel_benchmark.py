@@ -23,7 +23,7 @@ def test_rows_of_all_contenders(tmp_path):
             assert row["tflops" if row["phase"] == "prefill" else "bytes_per_second"] > 0
     assert set(by_shape) == {("prefill", 64, 64), ("prefill", 64, 128), ("decode", 1, 300)}
     for (phase, *_), kernels in by_shape.items():
-        assert {"cpu", "math", "torch:flash", "torch:cudnn"} <= set(kernels)
+        assert {"numba", "cpu", "math", "torch:flash", "torch:cudnn"} <= set(kernels)
         assert ("copy" in kernels) == (phase == "decode")
         assert kernels["cpu"]["seconds"] is not None
         assert kernels["torch:cudnn"]["withheld"]  # on CPU

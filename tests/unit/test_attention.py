@@ -59,9 +59,9 @@ def test_bfloat16_is_as_good_as_torch(causal):
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
-    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: cpu, math"):
+    with pytest.raises(ValueError, match=r"attention.kernel=flash does not run on cpu .*: numba, cpu, math"):
         get_kernel("flash", torch.device("cpu"), torch.float32)
-    assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "cpu"
+    assert get_kernel("auto", torch.device("cpu"), torch.float32).name == "numba"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, 
 
 
 def test_why_transformer_engine_does_not_run_is_said():
-    told = r"attention.kernel=te does not run on cpu .* \(Transformer Engine is not installed\); these do: cpu, math"
+    told = r"attention.kernel=te does not run on cpu .* \(Transformer Engine is not installed\); these do: numba, cpu, math"
     if find_transformer_engine().state == "absent":
         with pytest.raises(ValueError, match=told):
             get_kernel("te", torch.device("cpu"), torch.bfloat16)

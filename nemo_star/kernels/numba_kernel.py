@@ -1,0 +1,118 @@
+"""Decode attention on CPU at the speed of memory: one token's queries over a long cache, compiled by Numba.
+
+torch's flash attention for CPU prepares K and V for matrix products. Over a cache that is read once, for a few query
+rows, that takes three to five times as long as reading it. Everything else is torch's (`TorchCpuKernel`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_star.kernels.merge import merge_partials
+from nemo_star.kernels.torch_cpu import TorchCpuKernel
+
+MAX_ROWS = 16
+"""Query heads of a group: with more, arithmetic is the limit and not memory."""
+MIN_BYTES = 2**22
+"""K and V of a layer: below, compiling takes longer than a few hundred tokens gain."""
+BYTES_PER_THREAD = 2**20
+"""Of K and V: below, handing the work over takes longer than the work."""
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As in numba_code.py."""
+
+
+def is_installed() -> bool:
+    """Whether Numba is there; it is imported when it is first needed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+class NumbaKernel(TorchCpuKernel):
+    """torch's CPU kernel, but for one token over a cache of 4 MiB or more whose tokens lie one behind the other
+    (`KVCache` on CPU), at most 16 query heads to a group, head dimensions that are multiples of 16."""
+
+    name = "numba"
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        if takes(q, k, v):
+            return attend(q, k, v, scale)
+        return super().decode(q, k, v, scale, causal)
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend` can do these, and gains by it: q [sq, b, np, hn]; k, v [sk, b, ng, hn]."""
+    return (
+        q.shape[0] == 1
+        and q.shape[2] // k.shape[2] <= MAX_ROWS
+        and 2 * k.nbytes >= MIN_BYTES
+        and k.dtype in _STORED
+        and k.dtype == v.dtype
+        and k.shape == v.shape
+        and k.shape[3] % 16 == 0
+        and all(x.stride(0) == x.shape[3] and x.stride(3) == 1 for x in (k, v))
+        and _cores() >= torch.get_num_threads()
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One token's attention over all keys, by as many threads as torch has.
+
+    Args:
+        q: [1, b, np, hn], any float type.
+        k, v: [sk, b, ng, hn], sk > 0, float32, bfloat16 or float16; the tokens of a group one behind the other; hn a
+            multiple of 16.
+
+    Returns:
+        out [1, b, np, hn] and lse [1, b, np], float32.
+    """
+    _, b, heads, hn = q.shape
+    sk, _, ng, _ = k.shape
+    rows, padded = heads // ng, -(-heads // ng // 4) * 4
+    work = _code(padded, hn, _STORED[k.dtype])
+    threads = max(1, min(torch.get_num_threads(), 2 * k.nbytes // BYTES_PER_THREAD, sk))
+    scaled = q.new_zeros(b, ng, padded, hn, dtype=torch.float32)
+    scaled[:, :, :rows] = q[0].view(b, ng, rows, hn) * (scale * math.log2(math.e))
+    out = scaled.new_empty(threads, b, ng, padded, hn)
+    lse = scaled.new_empty(threads, b, ng, padded)
+    bits = torch.int32 if k.dtype == torch.float32 else torch.int16
+    keys, values = (x.view(bits).permute(1, 2, 0, 3).numpy() for x in (k, v))
+    queries, outs, lses = (x.numpy() for x in (scaled, out, lse))
+
+    def run(thread: int) -> None:
+        tokens = slice(sk * thread // threads, sk * (thread + 1) // threads)
+        for i in range(b):
+            for g in range(ng):
+                work(queries[i, g], keys[i, g, tokens], values[i, g, tokens], outs[thread, i, g], lses[thread, i, g])
+
+    if threads == 1:
+        run(0)
+    else:
+        list(_pool(torch.get_num_threads()).map(run, range(threads)))
+    partial_outs = out[:, None, :, :, :rows].reshape(threads, 1, b, heads, hn)
+    partial_lses = lse[:, None, :, :, :rows].reshape(threads, 1, b, heads) * math.log(2)
+    return (partial_outs[0], partial_lses[0]) if threads == 1 else merge_partials(partial_outs, partial_lses)
+
+
+def _cores() -> int:
+    """Cores that new threads may run on: OMP_PROC_BIND leaves one, and torch's own threads have theirs already."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The code runs outside Python's lock, so Python's threads do."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+
+@functools.cache
+def _code(rows: int, channels: int, stored: int) -> Any:
+    from nemo_star.kernels.numba_code import compiled
+
+    return compiled(rows, channels, stored)

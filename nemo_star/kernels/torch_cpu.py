@@ -1,0 +1,33 @@
+"""torch's flash attention on CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_star.kernels.two_parts import decode_by_parts
+
+
+class TorchCpuKernel:
+    """torch's flash attention for CPU: float32, bfloat16 or float16, grouped queries without repeating K/V.
+
+    torch's `is_causal` is aligned to the top left when sq != sk, and an empty K ends the process: `decode_by_parts`
+    asks for neither.
+    """
+
+    name = "cpu"
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if q.shape[0] == k.shape[0]:
+            return _cpu_flash(q, k, v, scale, causal=True)[0]
+        return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        return decode_by_parts(_cpu_flash, q, k, v, scale, causal=causal)
+
+
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's kernel on Megatron's layout: out [sq, b, np, hn], lse [sq, b, np]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()

@@ -1,0 +1,34 @@
+"""torch's flash attention on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_star.kernels.two_parts import no_keys
+
+
+class FlashKernel:
+    """torch's CUDA flash attention: float16 or bfloat16, causal aligned to the bottom right, grouped queries.
+
+    Over an empty K it would return lse = +inf, the wrong sign for a merge: that case never reaches it.
+    """
+
+    name = "flash"
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return _cuda_flash(q, k, v, scale, causal=True)[0]
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        if k.shape[0] == 0:
+            return no_keys(q)
+        out, lse = _cuda_flash(q, k, v, scale, causal and q.shape[0] > 1)
+        return out.float(), lse
+
+
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's kernel takes [b, s, heads, hn]: a view of Megatron's layout."""
+    sq, sk = q.shape[0], k.shape[0]
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, sq, sk, 0.0, causal, False, scale=scale)
+    return out.transpose(0, 1), lse.permute(2, 0, 1)

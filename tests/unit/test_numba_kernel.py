@@ -1,0 +1,167 @@
+"""Decode on CPU by Numba's code, against plain float64 attention."""
+
+import ctypes
+import math
+import mmap
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import reference
+
+from nemo_star.attention.cache import KVCache
+from nemo_star.kernels import numba_kernel, registry
+from nemo_star.kernels.numba_kernel import NumbaKernel
+from nemo_star.kernels.torch_cpu import TorchCpuKernel
+
+
+def cached(tokens, groups, channels, dtype=torch.float32, batch=1, factor=1.0):
+    """K and V as the cache lays them, appended twice."""
+    generator = torch.Generator().manual_seed(tokens)
+    cache = KVCache(dtype, capacity=tokens + 3)
+    for count in (tokens - tokens // 3, tokens // 3):
+        kv = [torch.randn(count, batch, groups, channels, generator=generator) * factor for _ in range(2)]
+        cache.append(1, *kv)
+    return cache.get(1)
+
+
+def query(heads, channels, batch=1):
+    return torch.randn(1, batch, heads, channels, generator=torch.Generator().manual_seed(heads))
+
+
+def check(q, k, v):
+    out, lse = numba_kernel.attend(q, k, v, 0.3)
+    expected_out, expected_lse = reference(q, k, v, 0.3, causal=False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert out.dtype == lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(8, 2, 64), (3, 3, 16), (14, 2, 80), (6, 1, 128)])
+def test_it_computes_attention(dtype, heads, groups, channels):
+    for tokens in (1, 15, 64, 257, 600):  # less than a vector, a tile, more
+        check(query(heads, channels), *cached(tokens, groups, channels, dtype))
+
+
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(16, 1, 64), (5, 5, 256)])
+def test_many_rows_and_long_rows(heads, groups, channels):
+    check(query(heads, channels), *cached(700, groups, channels))
+
+
+def test_batches_and_threads(monkeypatch):
+    monkeypatch.setattr(numba_kernel, "BYTES_PER_THREAD", 2**17)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with torch.inference_mode():  # which other threads are not in
+        check(query(4, 32, batch=2), *cached(1000, 2, 32, batch=2))
+
+
+@pytest.mark.parametrize("factor", [100.0, 1000.0])
+def test_scores_far_apart_neither_overflow_nor_vanish(factor):
+    k, v = cached(900, 2, 64, factor=factor)
+    out, lse = numba_kernel.attend(query(8, 64), k, v, 1.0)
+    expected_out, expected_lse = reference(query(8, 64), k, v, 1.0, causal=False)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=0.0, rtol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize("tokens", [1, 100, 256, 333])
+def test_nothing_is_read_behind_the_last_token(tokens):
+    """K and V end at a page that must not be touched."""
+    views = []
+    for part in cached(tokens, 1, 64):
+        size = -(-part.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        end = buffer.data_ptr() + size
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+        view = buffer[size - part.nbytes : size].view(torch.float32).view(1, 1, tokens, 64).permute(2, 0, 1, 3)
+        views.append(view.copy_(part))
+    check(query(4, 64), *views)
+
+
+def test_nothing_is_written_beside_the_results(monkeypatch):
+    """Three rows: the buffers of threads and of groups lie side by side."""
+    monkeypatch.setattr(numba_kernel, "BYTES_PER_THREAD", 2**15)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    check(query(9, 16), *cached(777, 3, 16))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_shows(value):
+    """As in torch's kernel: a broken checkpoint must not look sound."""
+    k, v = cached(300, 1, 64)
+    q = query(2, 64)
+    q[0, 0, 0, 5] = value
+    out, _ = numba_kernel.attend(q, k, v, 0.3)
+    assert out[0, 0, 0].isnan().all()
+    assert out[0, 0, 1].isfinite().all()
+    k[150, 0, 0, 7] = math.nan
+    assert numba_kernel.attend(query(2, 64), k, v, 0.3)[0].isnan().all()
+
+
+def test_float16_reads_every_number(monkeypatch):
+    """All 65,536 of them: subnormal, infinite, nan."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    expected = bits.float()
+    q, k = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16, dtype=torch.float16)
+    values = bits.view(-1, 1, 1, 1, 16)
+    found = torch.cat([numba_kernel.attend(q, k, v, 1.0)[0].flatten() for v in values])
+    torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_the_kernel_takes_what_the_cache_holds(monkeypatch):
+    calls = []
+    monkeypatch.setattr(numba_kernel, "attend", lambda *given: calls.append(given))
+    k, v = cached(8192, 2, 64)
+    NumbaKernel().decode(query(8, 64), k, v, 0.3, causal=True)
+    assert len(calls) == 1
+
+
+def test_what_it_does_not_take_goes_to_torch(monkeypatch):
+    k, v = cached(8192, 2, 64)
+    assert numba_kernel.takes(query(8, 64), k, v)
+    assert not numba_kernel.takes(torch.zeros(2, 1, 8, 64), k, v)  # several tokens: matrix products
+    assert not numba_kernel.takes(query(8, 64), k[:4000], v[:4000])  # short
+    assert not numba_kernel.takes(query(64, 64), k, v)  # 32 heads to a group
+    assert not numba_kernel.takes(query(8, 64), *(x.clone(memory_format=torch.contiguous_format) for x in (k, v)))
+    assert not numba_kernel.takes(query(8, 64), k.double(), v.double())
+    assert not numba_kernel.takes(query(8, 24), *cached(30000, 2, 24))
+    other = torch.zeros(2, 1, 8, 64)
+    out = NumbaKernel().decode(other, k, v, 0.3, causal=True)
+    torch.testing.assert_close(out, TorchCpuKernel().decode(other, k, v, 0.3, causal=True), atol=0, rtol=0)
+
+
+def test_without_numba_nothing_is_missing():
+    program = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch\n"
+        "from nemo_star.kernels import registry, numba_kernel\n"
+        "numba_kernel.is_installed = registry.is_installed = lambda: False\n"
+        "assert registry.get_kernel('auto', torch.device('cpu'), torch.float32).name == 'cpu'\n"
+        "try: registry.get_kernel('numba', torch.device('cpu'), torch.float32)\n"
+        "except ValueError as error: assert \"pip install 'nemo-star[cpu]'\" in str(error)\n"
+        "else: raise SystemExit('not refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_numba_is_not_imported_before_it_is_needed():
+    program = (
+        "import sys, torch\n"
+        "from nemo_star.kernels import registry\n"
+        "kernel = registry.get_kernel('auto', torch.device('cpu'), torch.float32)\n"
+        "assert kernel.name == 'numba'\n"
+        "kernel.decode(torch.zeros(1, 1, 4, 16), torch.zeros(9, 1, 2, 16), torch.zeros(9, 1, 2, 16), 1.0, True)\n"
+        "sys.exit('numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_it_can_be_switched_off():
+    device = torch.device("cpu")
+    assert registry.get_kernel("auto", device, torch.float32).name == "numba"
+    assert type(registry.get_kernel("cpu", device, torch.float32)) is TorchCpuKernel
