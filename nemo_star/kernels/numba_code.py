@@ -122,7 +122,7 @@ def softmax(scores, largest, before, sums, out, tokens, rows, channels):  # type
 
 @_inlined
 def accumulate(scores, v, start, stop, out, rows, channels, stored):  # type: ignore[no-untyped-def]
-    """out += weights @ values of tokens start to stop; past it weights are 2**-126, and past the last nothing is read."""
+    """out += weights @ values of tokens start to stop; past it, weights are 2**-126 and nothing new is read."""
     last = v.shape[0] - 1
     size = channels * (4 if stored == FLOAT32 else 2)
     for token in range(start, stop, 4):
