@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from nemo_star.config.generate import DTYPES
+from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.runtime.launch import run_as_tool
-from nemo_star.runtime.transformer_engine import prepare_imports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,11 +28,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    prepare_imports()
-    # Only now: importing Megatron takes seconds.
-    import torch
+    with no_garbage_collection():
+        import torch  # only now, as it takes a second
 
-    from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
+        from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 
     if arguments.action == "import":
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

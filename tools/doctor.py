@@ -9,6 +9,7 @@ import argparse
 import warnings
 
 from nemo_star.commands.doctor import examine
+from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.runtime.launch import EXIT_ERROR, run_as_tool
 
 
@@ -16,7 +17,7 @@ def main() -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     ).parse_args()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), no_garbage_collection():
         warnings.simplefilter("ignore")  # of Megatron's imports, about what is reported here
         findings = examine()
     print(*findings, sep="\n")
