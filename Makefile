@@ -3,6 +3,7 @@
 # make test      linters, type checker, tests
 # make doctor    what is installed, what works, which attention kernel would run
 #
+# PYTHON chooses the Python: make test PYTHON=python3.12 makes .venv anew where it holds another one.
 # PIP_OPTIONS reaches every pip call. For PyTorch's CPU build without CUDA packages, where PyPI's would bring them:
 #   make install PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'
 
@@ -10,7 +11,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# As 3.11; the stamp's name carries it, so that an environment of another Python does not count as installed.
+PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
+STAMP := $(VENV)/.installed-$(VERSION)
 DEMO := build/demo_checkpoint
 
 .PHONY: install demo test test-all check format doctor clean
@@ -20,7 +24,8 @@ install: $(STAMP)
 
 # torch comes first, by itself: asked for by another package, pip may take another build of it.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(if $(VERSION),,$(error PYTHON=$(PYTHON) does not run))
+	test "$$($(BIN)/python $(PRINT_VERSION) 2>/dev/null)" = $(VERSION) || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +18,28 @@ __all__ = ["LLM", "SamplingParams"]
 
 _HOMES = {"LLM": "nemo_star.llm", "SamplingParams": "nemo_star.config.sampling"}
 
-# Importing Megatron-core warns five times that training helpers of Transformer Engine and Apex are absent. None of
-# them is used in inference; which kernels are used is reported by the engine itself.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
-warnings.filterwarnings("ignore", message="Apex is not installed. Falling back to Torch Norm", category=UserWarning)
+
+def _says_more(start: str, record: logging.LogRecord) -> bool:
+    """Whether a log record is another one than that which begins so."""
+    return not record.getMessage().startswith(start)
+
+
+# Megatron-core warns at its import that training helpers are absent (Transformer Engine's and Apex's optimizers, absl's
+# log) and makes torch look for a CUDA toolkit to compile with; Megatron 0.19 also announces what it wants to remove
+# some day (pyproject.toml holds the releases that this package runs with). None of it is for a user: which kernels and
+# layers are used is reported by the engine itself.
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed. Falling back to Torch Norm",
+    "absl.logging is not installed",
+):
+    warnings.filterwarnings("ignore", message=_message, category=UserWarning)
+for _name, _message in (
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+):
+    logging.getLogger(_name).addFilter(partial(_says_more, _message))
 
 
 def __getattr__(name: str) -> Any:

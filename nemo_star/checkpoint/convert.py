@@ -47,7 +47,7 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
             raise ValueError(
                 f"source {source} is of architecture {reader.architecture}; supported: {', '.join(families())}"
             )
-        model: ModelConfig = family.model_config(reader.config())
+        model: ModelConfig = family.model_config(reader.values)
         chunks = list(_chunks(reader, model, family, dtype))
         with _new_directory(target) as working:
             return _write(reader, model, chunks, working, changed=dtype is not None)

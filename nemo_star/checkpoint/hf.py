@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -83,16 +82,6 @@ class HFReader:
         """Name of the model class, e.g. LlamaForCausalLM."""
         named = self.values.get("architectures") or [f"an unnamed one, model_type {self.values.get('model_type')!r}"]
         return str(named[0])
-
-    def config(self) -> PretrainedConfig:
-        """The configuration with transformers' defaults for what config.json leaves out."""
-        try:
-            return AutoConfig.for_model(**self.values)
-        except Exception as error:  # transformers checks values with exceptions of many kinds
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{self.directory / 'config.json'} is not a valid model configuration: {reason}"
-            ) from error
 
     def _read_values(self) -> dict[str, Any]:
         file = self.directory / "config.json"

@@ -26,6 +26,8 @@ def load_weights(model: GPTModel, checkpoint: Path) -> None:
         weight.data.zero_()  # rows that pad the vocabulary are in no checkpoint
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ShardedTensor and load_state_dict, which Megatron uses
+        for message in ("The argument order of load has been changed", "torch.distributed is disabled"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)  # how Megatron 0.19 calls torch
         try:
             loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS_FOLDER), validate_access_integrity=False)
         except (CheckpointingException, CheckpointException) as error:  # torch's is a BaseException

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.config.compose import compose
+from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.runtime.transformer_engine import prepare_imports
 
 
@@ -14,7 +15,8 @@ def main(arguments: Sequence[str]) -> int:
     config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output", "plot"))
     if config is None:
         return 0
-    prepare_imports()
-    from nemo_star.benchmarking.run import run  # only now: importing Megatron takes seconds
+    with no_garbage_collection():
+        prepare_imports()
+        from nemo_star.benchmarking.run import run  # only now: importing Megatron takes seconds
 
     return run(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_star.commands.arguments import parser
 from nemo_star.config.llm import DTYPES
-from nemo_star.runtime.transformer_engine import prepare_imports
+from nemo_star.runtime.importing import no_garbage_collection
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,11 +30,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0. Raises ValueError for a user's error."""
     given = parse_arguments(arguments)
-    prepare_imports()
-    # Only now: importing Megatron takes seconds.
-    import torch
+    with no_garbage_collection():
+        import torch  # only now, as it takes a second
 
-    from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
+        from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 
     if given.action == "import":
         dtype = getattr(torch, given.dtype) if given.dtype else None

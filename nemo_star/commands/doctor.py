@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_star.commands.arguments import parser
+from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.runtime.launch import EXIT_ERROR
 from nemo_star.runtime.locations import checkout
 from nemo_star.runtime.transformer_engine import (
@@ -47,7 +48,7 @@ class Finding:
 def main(arguments: Sequence[str]) -> int:
     """Print all findings; exit code 1 where one is fatal."""
     parser("doctor", __doc__).parse_args(arguments)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), no_garbage_collection():
         warnings.simplefilter("ignore")  # of Megatron's imports, about what is reported here
         findings = examine()
     print(*findings, sep="\n")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from nemo_star.checkpoint.description import read_description
 from nemo_star.config.compose import compose
 from nemo_star.config.generate import GenerateConfig
+from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.runtime.transformer_engine import prepare_imports
 
 LITERAL_KEYS = (
@@ -26,7 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL_KEYS)
     if config is None:
         return 0
-    prepare_imports()
-    from nemo_star.serving.generate import run  # only now: importing Megatron takes seconds
+    # A wrong path is found before torch and Megatron are imported, which takes seconds.
+    read_description(Path(str(config.checkpoint)))
+    with no_garbage_collection():
+        prepare_imports()
+        from nemo_star.serving.generate import run  # only now: importing Megatron takes seconds
 
     return run(config)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nemo_star.runtime.importing import leave_megatron_uncompiled
 from nemo_star.runtime.launch import warn
 
 OLDEST_TRANSFORMER_ENGINE = (2, 9)
@@ -66,6 +67,7 @@ def prepare_imports(tell: Callable[[str], None] = warn) -> None:
         tell(f"{found.told()}; going on without it, with Megatron's own layers. {REPAIR}")
     if found.state == "broken" or (found.state == "working" and not _has_its_device()):
         _hide(["transformer_engine", "transformer_engine_torch"])
+    leave_megatron_uncompiled()
 
 
 def is_loaded() -> bool:

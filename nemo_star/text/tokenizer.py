@@ -10,8 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
+from nemo_star.runtime.importing import no_garbage_collection
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -40,7 +39,7 @@ class Tokenizer:
         try:
             if sentencepiece_alone:
                 return cls(SentencePieceAlone(directory / "tokenizer.model"))
-            return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+            return cls(_hf_tokenizer(directory))
         except Exception as error:  # the libraries behind it raise many kinds
             raise ValueError(f"tokenizer files in {directory} cannot be read: {error}") from error
 
@@ -107,6 +106,26 @@ class Tokenizer:
         return before + context + between, query + after
 
 
+def _hf_tokenizer(directory: Path) -> Any:
+    """The tokenizer that transformers makes of the files in `directory`."""
+    with no_garbage_collection():
+        from transformers import AutoTokenizer, PretrainedConfig  # only now: importing it takes seconds
+
+    named = _json(directory / "tokenizer_config.json")
+    options = {}
+    if named.get("tokenizer_class") and "auto_map" not in named:
+        # The class is named, so the model's type is all that is asked of its configuration. Left to itself,
+        # AutoTokenizer imports the configuration's class, and with it torch's compiler: another second.
+        model = _json(directory / "config.json")
+        options["config"] = PretrainedConfig(**{name: model[name] for name in ("model_type",) if name in model})
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The values of a JSON file; none where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def cut_at_spaces(text: str, characters: int) -> list[str]:
     """A text cut at spaces between word characters, every `characters` or somewhat more; those spaces are left out."""
     slices, start = [], 0
@@ -125,6 +144,8 @@ class SentencePieceAlone:
     chat_template = None
 
     def __init__(self, file: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
         self._model = SentencePieceProcessor(model_file=str(file))
         self.bos_token_id, self.eos_token_id = (
             token if token >= 0 else None for token in (self._model.bos_id(), self._model.eos_id())
@@ -158,8 +179,7 @@ def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int
     """Token ids that end an answer: generation_config.json's, else config.json's, and the tokenizer's."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        value = _json(directory / name).get("eos_token_id")
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
             break

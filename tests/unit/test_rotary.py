@@ -31,7 +31,7 @@ SCALINGS = [
 @pytest.mark.parametrize("rope", SCALINGS, ids=str)
 def test_frequencies_are_those_of_transformers(rope):
     config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=131072)
-    model = model_config(config)
+    model = model_config(config.to_dict())
     ours = inverse_frequencies(64, model.rotary_base, model.rope_scaling)
     torch.testing.assert_close(ours, LlamaRotaryEmbedding(config).inv_freq, rtol=1e-6, atol=0)
 

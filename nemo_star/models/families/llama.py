@@ -6,9 +6,11 @@ dimension; Megatron's local spec maps its own names to them, so one checkpoint l
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from collections.abc import Mapping
+from typing import Any
 
-from nemo_star.config.model import ModelConfig, RopeScaling
+from nemo_star.config.model import ModelConfig
+from nemo_star.config.strict import parse
 from nemo_star.models.families.weights import Weight, join_gate_up, join_qkv, split_gate_up, split_qkv
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -76,54 +78,70 @@ def is_ignored(hf_name: str, model: ModelConfig) -> bool:
     )
 
 
-def model_config(hf: PretrainedConfig) -> ModelConfig:
-    """Model shape from a Hugging Face Llama configuration.
+_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "vocab_size": "vocab_size",
+}
+"""Keys that every Llama's config.json has, and their names here."""
+_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""Values that are implemented; a config.json without the key means these."""
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Model shape from the values of a Hugging Face Llama's config.json.
+
+    Keys that may be absent or null get the defaults of transformers' LlamaConfig. It is not asked for them: importing
+    it takes longer than converting a small checkpoint.
 
     Raises:
-        ValueError: a setting that changes the mathematics and is not implemented, by name and value.
+        ValueError: a size that is missing or no number, or a setting that changes the mathematics and is not
+            implemented, by name and value.
     """
-    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, value in required.items():
-        if getattr(hf, name, value) != value:
-            raise ValueError(f"config.json: {name}={getattr(hf, name)!r} is not supported, only {value!r}")
-    base, scaling = _rope(hf)
-    return ModelConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads or hf.num_attention_heads,
-        ffn_hidden_size=hf.intermediate_size,
-        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // max(1, hf.num_attention_heads),
-        vocab_size=hf.vocab_size,
-        max_position_embeddings=hf.max_position_embeddings,
-        layernorm_epsilon=float(hf.rms_norm_eps),
-        rotary_base=base,
-        rope_scaling=scaling,
-        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
-    )
+    for name, supported in _REQUIRED.items():
+        if values.get(name, supported) != supported:
+            raise ValueError(f"config.json: {name}={values[name]!r} is not supported, only {supported!r}")
+    missing = [name for name in _SIZES if values.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    base, scaling = _rope(values)
+    shape = {ours: values[theirs] for theirs, ours in _SIZES.items()}
+    given = {name: value for name, value in values.items() if value is not None}
+    shape |= {
+        "num_query_groups": given.get("num_key_value_heads") or values["num_attention_heads"],
+        "kv_channels": given.get("head_dim", 0),
+        "max_position_embeddings": given.get("max_position_embeddings", 2048),
+        "layernorm_epsilon": given.get("rms_norm_eps", 1e-6),
+        "rotary_base": base,
+        "rope_scaling": scaling,
+        "share_embeddings_and_output_weights": given.get("tie_word_embeddings", False),
+    }
+    try:
+        return parse(ModelConfig, shape)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
 
 
-def _rope(hf: PretrainedConfig) -> tuple[float, RopeScaling | None]:
-    """(base, scaling). transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    values = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
-    base = float(values.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)
-    rope_type = values.get("rope_type") or values.get("type") or "default"
-    if rope_type == "default":
-        return base, None
-    if rope_type == "linear":
-        return base, RopeScaling("linear", factor=float(values["factor"]))
-    if rope_type != "llama3":
+def _rope(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """(base, scaling), types not checked. transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and
+    `rope_scaling`."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: the rope scaling {rope!r} must be a group of keys")
+    base = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    names = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }.get(rope_type)
+    if names is None:
         raise ValueError(
             f"config.json: rope scaling of type {rope_type!r} is not supported; default, linear and llama3 are"
         )
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if values.get(name) is None]
+    missing = [name for name in names if rope.get(name) is None]
     if missing:
-        raise ValueError(f"config.json: rope scaling of type 'llama3' lacks {', '.join(missing)}")
-    return base, RopeScaling(
-        "llama3",
-        factor=float(values["factor"]),
-        low_freq_factor=float(values["low_freq_factor"]),
-        high_freq_factor=float(values["high_freq_factor"]),
-        original_max_position_embeddings=int(values["original_max_position_embeddings"]),
-    )
+        raise ValueError(f"config.json: rope scaling of type {rope_type!r} lacks {', '.join(missing)}")
+    return base, {"rope_type": rope_type, **{name: rope[name] for name in names}} if names else None

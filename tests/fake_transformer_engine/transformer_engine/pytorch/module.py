@@ -53,9 +53,15 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(_Base):
-    def build(self, hidden_size, eps, *, params_dtype, device, sequence_parallel=None, **_):
+    def build(
+        self, normalized_shape=None, eps=1e-5, sequence_parallel=None, params_dtype=None, zero_centered_gamma=False,
+        hidden_size=None, *, device,
+    ):  # fmt: skip
+        """Megatron 0.16 names the size `hidden_size`, Megatron 0.19 `normalized_shape`; exactly one is given."""
+        (size,) = (size for size in (normalized_shape, hidden_size) if size is not None)
+        assert not zero_centered_gamma
         self.eps, self.sequence_parallel = eps, sequence_parallel
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=params_dtype, device=device))
+        self.weight = torch.nn.Parameter(torch.empty(size, dtype=params_dtype, device=device))
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
