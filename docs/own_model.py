@@ -29,6 +29,7 @@ def build_engine() -> Engine:
         num_attention_heads=4,
         num_query_groups=2,
         normalization="RMSNorm",
+        attention_dropout=0.0,
         use_cpu_initialization=True,
         transformer_impl="local",  # on a GPU with Transformer Engine: leave it, and give 16-bit types
         cuda_graph_scope=[],

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
+from nemo_star.models.guard import check_core_attention
 from nemo_star.models.layer_spec import gpt_layer_spec, implementation_for
 from nemo_star.models.rotary import PositionRotaryEmbedding
 
@@ -87,7 +88,11 @@ def star_layer_spec(config: TransformerConfig, state: AttentionState) -> ModuleS
     Args:
         config: of the model that will be built from the spec.
         state: shared by all layers built from the spec, steered by the engine.
+
+    Raises:
+        ValueError: `config` asks core attention for what ours does not do (guard.py).
     """
+    check_core_attention(config)
     spec = gpt_layer_spec(config)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(attention_class(state.method), state=state)
