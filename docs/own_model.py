@@ -34,8 +34,8 @@ def build_engine() -> Engine:
         transformer_impl="local",  # on a GPU with Transformer Engine: leave it, and give 16-bit types
         cuda_graph_scope=[],
     )
-    # Shared by the layers (through the spec) and the engine that steers them. A model without biases can also divide
-    # decode over the cp ranks: divides_decode=True.
+    # Shared by the layers (through the spec) and the engine that steers them. To divide decode over the cp ranks:
+    # divides_decode=True.
     state = attention_state(AttentionConfig(block_size=64), groups, device=torch.device("cpu"), dtype=torch.float32)
     torch.manual_seed(0)
     model = GPTModel(

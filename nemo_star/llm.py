@@ -181,6 +181,7 @@ class LLM:
         with self.watchdog.resumed():
             self.check_sampling(params)
             query_ids = self._ids([("query", query) for query in _several(queries)])
+            self.check(context.tokens, max(map(len, query_ids), default=0) + params.max_tokens)
             return self._answer_all(context, query_ids, params)
 
     def answer(
@@ -217,7 +218,13 @@ class LLM:
         self.method.sizes(context_tokens)
         self._limit.check(context_tokens)
         warnings = [warning] if (warning := self.method.warning(context_tokens)) else []
-        last, trained = context_tokens + new_tokens, self.description.model.max_position_embeddings
+        last, model = context_tokens + new_tokens, self.description.model
+        trained, exact = model.max_position_embeddings, model.max_exact_positions
+        if exact is not None and last > exact:
+            raise ValueError(
+                f"context, query and answer take up to {last} positions; from position {exact} on this model attends "
+                "in a way that is not implemented (dual chunk attention, or dynamic rope scaling): shorten them"
+            )
         if trained is not None and last > trained:
             warnings.append(
                 f"context, query and answer take up to {last} positions, the model was trained for {trained}: "

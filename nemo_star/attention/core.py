@@ -49,6 +49,8 @@ class CoreAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, **_: Any) -> Tensor:
         step = self.state.step
         assert step is not None, "the engine sets the step before each forward pass"
+        if self.state.query_scale is not None:
+            q = q * self.state.query_scale.to(q.dtype)
         out = self.prefill(q, k, v, step) if isinstance(step, PrefillStep) else self.decode(q, k, v, step)
         return out.flatten(start_dim=2)
 

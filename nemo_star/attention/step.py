@@ -76,3 +76,5 @@ class AttentionState:
     decode_group: dist.ProcessGroup | None = None
     """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
     step: PrefillStep | DecodeStep | None = None
+    query_scale: torch.Tensor | None = None
+    """What the step's rotated queries are multiplied by, broadcast to [s, b, np, hn]; None: nothing."""

@@ -23,7 +23,8 @@ from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.engine import Engine
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
-from nemo_star.models.build import build_model, build_rotary
+from nemo_star.models.build import build_model
+from nemo_star.models.rotary import build_rotary
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
 from nemo_star.parallel.groups import Groups
 from nemo_star.parallel.layout import Layout, check_layout

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from nemo_star.config.model import ModelConfig
-from nemo_star.models.families import llama
+from nemo_star.models.families.weights import decoder_weights
 
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -40,7 +40,7 @@ def build_llama(model: ModelConfig, weights: dict[str, Tensor]) -> PreTrainedMod
     with some.device:
         built = AutoModelForCausalLM.from_config(config, dtype=some.dtype).eval()
     targets = built.state_dict()
-    for weight in llama.weights(model):
+    for weight in decoder_weights(model):
         for layer in range(model.num_layers) if weight.stacked else (0,):
             whole = weights[_parameter(weight.key, layer, weights)]
             for name, part in zip(weight.hf_names, weight.split(whole, model), strict=True):

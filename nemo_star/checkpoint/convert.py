@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
 from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families import families
+from nemo_star.models.families.family import Family
 from nemo_star.models.families.weights import Weight
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -47,7 +47,7 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
             raise ValueError(
                 f"source {source} is of architecture {reader.architecture}; supported: {', '.join(families())}"
             )
-        model: ModelConfig = family.model_config(reader.values)
+        model = family.model_config(reader.values)
         chunks = list(_chunks(reader, model, family, dtype))
         with _new_directory(target) as working:
             return _write(reader, model, chunks, working, changed=dtype is not None)
@@ -86,7 +86,7 @@ def _write(
     return description
 
 
-def _chunks(reader: HFReader, model: ModelConfig, family: ModuleType, dtype: torch.dtype | None) -> Iterator[Chunk]:
+def _chunks(reader: HFReader, model: ModelConfig, family: Family, dtype: torch.dtype | None) -> Iterator[Chunk]:
     """Every tensor of the mapping table as chunks of the dist_checkpoint, shapes checked from the headers."""
     known = set()
     for weight in family.weights(model):

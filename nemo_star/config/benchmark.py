@@ -12,6 +12,22 @@ from nemo_star.methods.config import AttentionConfig
 
 TRANSFORMERS = "transformers"
 """Hugging Face's own generation on the same weights."""
+_LLAMA_HAS = (
+    "rope_scaling",
+    "add_qkv_bias",
+    "add_projection_bias",
+    "add_mlp_bias",
+    "qk_norm",
+    "norms",
+    "zero_centered_norms",
+    "activation",
+    "softmax_scale",
+    "rotary_percent",
+    "rotary_interleaved",
+    "query_scaling",
+    "embedding_scale",
+)
+"""Settings of a model's shape that must be as in Llama where transformers is compared with."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,9 @@ class BenchmarkConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        unlike = [name for name in _LLAMA_HAS if getattr(self.model, name) != getattr(ModelConfig, name)]
+        if unlike and any(candidate.kind == TRANSFORMERS for candidate in self.candidates):
+            raise ValueError(f"compare=[{TRANSFORMERS}] runs a Llama, and model.{unlike[0]} is no Llama's")
         if len(set(self.candidates)) < len(self.compare):
             raise ValueError(f"compare: a word comes twice in {', '.join(self.compare)}")
         for key in ("compare", "context_tokens"):

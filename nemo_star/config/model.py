@@ -13,22 +13,47 @@ MLP_CHUNK_TOKENS = 4096
 class RopeScaling:
     """How a checkpoint stretches its rotary frequencies (names as in Hugging Face configurations)."""
 
-    rope_type: Literal["linear", "llama3"]
-    """Linear: all frequencies divided by `factor`; llama3: only low ones, with a smooth passage to the high ones."""
-    factor: float
+    rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+    """Linear: all frequencies divided by `factor`; llama3: only low ones, with a smooth passage to the high ones; yarn:
+    the same by turns, with a ramp; longrope: each by its own factor, of two sets; dynamic: a base that grows with the
+    length past max_position_embeddings, which is refused: cached keys would all change."""
+    factor: float = 1.0
     """What frequencies are divided by."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched whole."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor stay."""
     original_max_position_embeddings: int = 8192
-    """llama3: positions that the model was trained for before it was stretched."""
+    """Positions that the model was trained for before it was stretched; longrope: the longest context that takes the
+    short factors."""
+    beta_fast: float = 32.0
+    """yarn: frequencies of more turns than these in the original length stay."""
+    beta_slow: float = 1.0
+    """yarn: frequencies of fewer turns than these are stretched whole."""
+    truncate: bool = True
+    """yarn: whether the ends of the ramp are rounded to whole dimensions."""
+    attention_factor: float = 1.0
+    """yarn, longrope: what queries and keys are multiplied by after rotation."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: by dimension, for contexts up to the original length."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: by dimension, for longer contexts."""
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries multiplied by 1 + beta * ln(1 + floor(position / original)), as Ministral 3 and Llama 4 have it."""
+
+    beta: float
+    """0: no scaling."""
+    original_max_position_embeddings: int
+    """Positions below are not scaled."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Llama-like decoder, in the words of Megatron's TransformerConfig: of a checkpoint, of random weights
-    that are measured, of what is planned."""
+    """Shape of a decoder, in the words of Megatron's TransformerConfig where it has them: of a checkpoint, of random
+    weights that are measured, of what is planned. What is left out is as in Llama."""
 
     num_layers: int
     """Transformer layers."""
@@ -54,6 +79,32 @@ class ModelConfig:
     """How the rotary frequencies are stretched; None: not at all."""
     share_embeddings_and_output_weights: bool = False
     """Whether the head's matrix is the embedding's (tied)."""
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    add_projection_bias: bool = False
+    """Bias of attention's output projection."""
+    add_mlp_bias: bool = False
+    """Biases of the FFN."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMSNorm of queries and keys before rotation: of each head, or over all heads at once."""
+    norms: Literal["pre", "post", "both"] = "pre"
+    """Norms of a layer: before attention and FFN, of their outputs, or both."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + weight."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the FFN's gate."""
+    softmax_scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(kv_channels)."""
+    rotary_percent: float = 1.0
+    """Share of a head's dimensions that is rotated, the first ones."""
+    rotary_interleaved: bool = False
+    """Whether neighbouring dimensions are rotated together, instead of one of each half."""
+    query_scaling: QueryScaling | None = None
+    """How queries are scaled by position; None: not at all."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied by."""
+    max_exact_positions: int | None = None
+    """Positions from which on this model computes otherwise than is implemented: longer requests are refused."""
 
     def __post_init__(self) -> None:
         if self.kv_channels == 0 and self.num_attention_heads > 0:
@@ -71,6 +122,11 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_query_groups {self.num_query_groups}"
             )
+
+    @property
+    def rotary_channels(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def query_width(self) -> int:

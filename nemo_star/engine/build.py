@@ -15,9 +15,9 @@ from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
-from nemo_star.models.build import build_model, build_rotary
+from nemo_star.models.build import build_model
 from nemo_star.models.decode_sharding import install
-from nemo_star.models.rotary import PositionRotaryEmbedding
+from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.groups import Groups

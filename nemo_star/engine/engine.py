@@ -16,7 +16,6 @@ from nemo_star.attention.cache import KVCache
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.engine.context import EncodedContext, Sequence
-from nemo_star.methods.partition import Block
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects
 
@@ -87,7 +86,7 @@ class Engine:
         )
         ids = torch.tensor(context_ids, device=self.device)
         for block in partition.ranks[cp_rank]:
-            self._encode_block(ids, block, PrefillStep(block, partition, cache, handover))
+            self._encode_block(ids, PrefillStep(block, partition, cache, handover))
             on_block()
         waited = _finished(handover)
         self.synchronize()
@@ -114,12 +113,14 @@ class Engine:
         """
         ids: list[int] = []
         positions: list[Tensor] = []
+        contexts: list[int] = []
         rows = []
         for sequence, tokens in batch:
             start, position = len(ids), sequence.position
             positions.append(torch.arange(position, position + len(tokens), device=self.device))
             owner = sequence.deal(len(tokens))
             ids += tokens
+            contexts += [sequence.context.tokens] * len(tokens)
             rows.append(
                 SequenceRows(
                     start,
@@ -130,8 +131,10 @@ class Engine:
                 )
             )
         last = [row.stop - 1 for row in rows]
-        with self._step(DecodeStep(tuple(rows))):
-            logits = self.stage.decode(torch.tensor(ids, device=self.device), torch.cat(positions), last)
+        position_ids = torch.cat(positions)
+        input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, contexts))
+        with self._step(DecodeStep(tuple(rows)), position_ids):
+            logits = self.stage.decode(input_ids, position_ids, context_tokens, last)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
             logits = self.stage.logits_to_first(logits, len(last))
         return logits if self.groups.replica.rank() == 0 else None
@@ -153,20 +156,20 @@ class Engine:
                 return
             tokens = [token]
 
-    def _encode_block(self, context_ids: Tensor, block: Block, step: PrefillStep) -> None:
-        spans = self.method.in_flight(block)
+    def _encode_block(self, context_ids: Tensor, step: PrefillStep) -> None:
+        spans = self.method.in_flight(step.block)
         positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in spans])
-        with self._step(step):
-            self.stage.encode(context_ids[positions], positions)
+        with self._step(step, positions):
+            self.stage.encode(context_ids[positions], positions, torch.tensor([len(context_ids)], device=self.device))
 
     @contextmanager
-    def _step(self, step: PrefillStep | DecodeStep) -> Iterator[None]:
+    def _step(self, step: PrefillStep | DecodeStep, positions: Tensor) -> Iterator[None]:
         """What the layers read in one forward pass; nothing of it is kept alive after."""
-        self.state.step = step
+        self.state.step, self.state.query_scale = step, self.stage.rotary.query_scale(positions)
         try:
             yield
         finally:
-            self.state.step = None
+            self.state.step = self.state.query_scale = None
 
     def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
         """The first rank's choice, on every rank: machines may round differently, and all must stop together."""

@@ -20,8 +20,11 @@ from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.guard import check_core_attention
-from nemo_star.models.layer_spec import gpt_layer_spec, implementation_for
-from nemo_star.models.rotary import PositionRotaryEmbedding
+from nemo_star.models.layer_spec import adapt, gpt_layer_spec, implementation_for
+from nemo_star.models.norms import ZeroCenteredRMSNorm
+from nemo_star.models.rotary import softmax_scale
+
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class StageLayout(PipelineParallelLayerLayout):
@@ -61,9 +64,14 @@ def transformer_config(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.layernorm_epsilon,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=model.zero_centered_norms and implementation == "transformer_engine",
+        qk_layernorm=model.qk_norm == "head",
+        softmax_scale=softmax_scale(model),
+        rotary_interleaved=model.rotary_interleaved,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        activation_func=_ACTIVATIONS[model.activation],
+        add_bias_linear=model.add_mlp_bias,
+        add_qkv_bias=model.add_qkv_bias,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=implementation == "transformer_engine",  # its kernel takes [s, 1, 1, dim] angles as given
@@ -130,9 +138,11 @@ def build_model(
     """This rank's part of a GPTModel of shape `model`, weights not initialised, in eval mode."""
     config = transformer_config(model, groups, dtype, device)
     tp, pp_rank = groups.tp.size(), groups.pp.rank()
+    spec = star_layer_spec(config, state)
+    adapt(spec, model, config, groups.tp)
     built = StageGPTModel(
         config,
-        star_layer_spec(config, state),
+        spec,
         vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
         max_sequence_length=model.max_position_embeddings or 1,  # of position embeddings, which there are none of
         pre_process=pp_rank == 0,
@@ -142,10 +152,10 @@ def build_model(
         parallel_output=True,
         pg_collection=groups,
     )
+    if model.zero_centered_norms and config.transformer_impl == "local" and built.post_process:
+        built.decoder.final_layernorm = ZeroCenteredRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+    if model.embedding_scale != 1.0 and built.pre_process:
+        scale = torch.tensor(model.embedding_scale, dtype=dtype, device=device)  # rounded as the weights are
+        built.embedding.register_forward_hook(lambda module, arguments, embedded: embedded * scale)
     # Megatron's own norms come in float32 whatever `params_dtype` says: slower, and a stage takes its type from them.
     return built.to(dtype).eval().requires_grad_(False)
-
-
-def build_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbedding:
-    """Rotary angles with the model's own base and scaling."""
-    return PositionRotaryEmbedding(model.kv_channels, base=model.rotary_base, scaling=model.rope_scaling).to(device)

@@ -32,11 +32,17 @@ def own_slice(size: int, group: dist.ProcessGroup, tp_size: int) -> slice:
     return slice(start, stop)
 
 
+def _bias_of(linear: Any) -> Tensor | None:
+    """Transformer Engine's linear layers without a bias have an empty one."""
+    bias: Tensor | None = linear.bias
+    return bias if bias is not None and bias.numel() else None
+
+
 class PhasedMLP(nn.Module):
     """Megatron's MLP, in chunks of tokens while the context is encoded, a slice of it in sharded decode.
 
     Raises:
-        ValueError: sharded decode of an MLP with biases, experts or a fused norm that is no RMSNorm.
+        ValueError: sharded decode of an MLP with experts or a fused norm that is no RMSNorm.
     """
 
     mlp: Any
@@ -51,7 +57,7 @@ class PhasedMLP(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden [s, b, h] -> (out [s, b, h], bias or None)."""
         if isinstance(self.state.step, DecodeStep) and self.state.decode_group is not None:
-            return self._slice(hidden, self.state.decode_group), None
+            return self._slice(hidden, self.state.decode_group), _bias_of(self.mlp.linear_fc2)
         if hidden.shape[0] <= MLP_CHUNK_TOKENS:
             return self.mlp(hidden, *args, **kwargs)
         out, bias = torch.empty_like(hidden), None
@@ -68,10 +74,13 @@ class PhasedMLP(nn.Module):
             gamma = gamma + 1 if config.layernorm_zero_centered_gamma else gamma
             hidden = F.rms_norm(hidden, (hidden.shape[-1],), gamma, config.layernorm_epsilon)
         mine = own_slice(fc2.shape[1], group, self.mlp.tp_group.size())
-        first, *second = fc1.split(fc2.shape[1])  # gated: [gate; up]
-        inner = config.activation_func(F.linear(hidden, first[mine]))
+        width = fc2.shape[1]
+        first, *second = fc1.split(width)  # gated: [gate; up]
+        bias = _bias_of(self.mlp.linear_fc1)
+        biases = [None, None] if bias is None else [of[mine] for of in bias.split(width)]
+        inner = config.activation_func(F.linear(hidden, first[mine], biases[0]))
         if second:
-            inner = inner * F.linear(hidden, second[0][mine])
+            inner = inner * F.linear(hidden, second[0][mine], biases[1])
         out = F.linear(inner, fc2[:, mine])
         dist.all_reduce(out, group=group)
         return out
@@ -87,8 +96,6 @@ class PhasedMLP(nn.Module):
             raise ValueError(f"parallel.decode=sharded slices an MLP of two linear layers, not {type(mlp).__name__}")
         if getattr(mlp.config, "activation_func_clamp_value", None) or getattr(mlp.config, "glu_linear_offset", 0):
             raise ValueError("parallel.decode=sharded computes gated units without clamp and offset")
-        if mlp.config.add_bias_linear:
-            raise ValueError("parallel.decode=sharded slices linear layers without biases; this model has them")
         if self._norm_weight is not None and mlp.config.normalization != "RMSNorm":
             raise ValueError(f"parallel.decode=sharded computes RMSNorm, not {mlp.config.normalization}")
 
@@ -112,7 +119,7 @@ class SlicedProjection(nn.Module):
         mine = own_slice(attended.shape[-1], group, self._tp_size)
         out = F.linear(attended[..., mine], self.projection.weight[:, mine])
         dist.all_reduce(out, group=group)
-        return out, None
+        return out, _bias_of(self.projection)
 
 
 def install(model: GPTModel, state: AttentionState, sliced: frozenset[Sliced] = frozenset({"ffn"})) -> None:

@@ -70,17 +70,23 @@ class Stage:
         groups = config.num_query_groups // self.model.tp_group.size()
         return KVShape(1, groups, config.kv_channels, self.dtype, self.device)
 
-    def encode(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Run the stage's layers for what they leave in the K/V cache; ids and positions [s]."""
+    def encode(self, input_ids: Tensor, position_ids: Tensor, context_tokens: Tensor) -> None:
+        """Run the stage's layers for what they leave in the K/V cache; ids and positions [s], context_tokens [1]."""
         if not input_ids.numel():
             self._attend_without_tokens()
             return
         with self._sequence_parallel.over(input_ids.numel()):
-            self._send_on(self._layers(input_ids, position_ids))
+            self._send_on(self._layers(input_ids, position_ids, context_tokens))
 
-    def decode(self, input_ids: Tensor, position_ids: Tensor, wanted: list[int]) -> Tensor | None:
-        """Logits [len(wanted), vocab] float32 after these of input_ids [s]: on the last stage; None on the others."""
-        hidden = self._layers(input_ids, position_ids)
+    def decode(
+        self, input_ids: Tensor, position_ids: Tensor, context_tokens: Tensor, wanted: list[int]
+    ) -> Tensor | None:
+        """Logits [len(wanted), vocab] float32 after these of input_ids [s]: on the last stage; None on the others.
+
+        Args:
+            context_tokens: [s], length of the context that each token hangs on.
+        """
+        hidden = self._layers(input_ids, position_ids, context_tokens)
         if self.is_last:
             return self._head(hidden[wanted])
         self._send_on(hidden)
@@ -97,14 +103,15 @@ class Stage:
         dist.recv(received, group=self.group, group_src=self.group.size() - 1)
         return received
 
-    def _layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _layers(self, input_ids: Tensor, position_ids: Tensor, context_tokens: Tensor) -> Tensor:
         """Hidden states [s, b, h] after this stage's layers."""
         hidden = None
         if self.is_first:
             hidden = self.model.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
         else:
             self.model.set_input_tensor(self._receive(self._sequence_parallel.length(input_ids.numel())))
-        return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(position_ids))
+        angles = self.rotary(position_ids, context_tokens)
+        return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
 
     def _attend_without_tokens(self) -> None:
         """Take part in the attention of other ranks: a short context leaves nothing for this one.

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 from nemo_star.checkpoint.description import read_description
 from nemo_star.checkpoint.hf import INDEX_FILE
-from nemo_star.models.families.llama import model_config
+from nemo_star.models.families.llama import FAMILY
 
 UNUSUAL_ROPE = {
     "rope_type": "llama3",
@@ -131,7 +131,7 @@ def test_old_configurations_with_rope_theta_and_rope_scaling(tmp_path):
 def test_a_short_configuration_means_what_transformers_takes_it_for():
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     short = dict(zip(sizes, (131, 48, 80, 3, 6), strict=True))
-    assert model_config(short) == model_config(LlamaConfig(**short).to_dict())
+    assert FAMILY.model_config(short) == FAMILY.model_config(LlamaConfig(**short).to_dict())
 
 
 def edit_config(folder, **values):
@@ -157,9 +157,9 @@ BREAKAGES = {
     "config no json": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
     "other architecture": (
         lambda d: edit_config(d, architectures=["MambaForCausalLM"]),
-        "is of architecture MambaForCausalLM; supported: LlamaForCausalLM",
+        "is of architecture MambaForCausalLM; supported: Glm4ForCausalLM",
     ),
-    "unsupported setting": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True is not supported"),
+    "unsupported setting": (lambda d: edit_config(d, hidden_act="relu"), "hidden_act='relu' is not supported"),
     "missing size": (lambda d: edit_config(d, vocab_size=None), "config.json lacks vocab_size"),
     "ill-typed size": (lambda d: edit_config(d, vocab_size="131"), "vocab_size='131' must be of type int"),
     "half a rope": (
@@ -167,8 +167,8 @@ BREAKAGES = {
         "rope scaling of type 'linear' lacks factor",
     ),
     "unsupported rope": (
-        lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        "rope scaling of type 'yarn' is not supported",
+        lambda d: edit_config(d, rope_parameters={"rope_type": "axial", "rope_theta": 1e4, "factor": 2.0}),
+        "rope scaling of type 'axial' is not supported",
     ),
     "no safetensors": (lambda d: (d / "model.safetensors").unlink(), "only safetensors are read"),
     "truncated": (lambda d: truncate(d / "model.safetensors"), "is truncated or damaged"),

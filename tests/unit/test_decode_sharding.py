@@ -58,7 +58,6 @@ def mlp_of(**config):
     ("mlp", "message"),
     [
         (Doubling(), "an MLP of two linear layers, not Doubling"),
-        (mlp_of(add_bias_linear=True), "without biases; this model has them"),
         (mlp_of(activation_func_clamp_value=7.0), "without clamp and offset"),
         (mlp_of(glu_linear_offset=1.0), "without clamp and offset"),
     ],

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from nemo_star.models.families.llama import model_config
+from nemo_star.models.families.llama import FAMILY
 from nemo_star.models.rotary import PositionRotaryEmbedding, inverse_frequencies
 
 SCALINGS = [
@@ -31,14 +31,14 @@ SCALINGS = [
 @pytest.mark.parametrize("rope", SCALINGS, ids=str)
 def test_frequencies_are_those_of_transformers(rope):
     config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=131072)
-    model = model_config(config.to_dict())
+    model = FAMILY.model_config(config.to_dict())
     ours = inverse_frequencies(64, model.rotary_base, model.rope_scaling)
     torch.testing.assert_close(ours, LlamaRotaryEmbedding(config).inv_freq, rtol=1e-6, atol=0)
 
 
 def test_angles_follow_the_position_ids():
     rotary = PositionRotaryEmbedding(8, base=10000.0)
-    angles = rotary(torch.tensor([0, 1, 2, 70, 71]))
+    angles = rotary(torch.tensor([0, 1, 2, 70, 71]), torch.tensor([70]))
     assert angles.shape == (5, 1, 1, 8)
     torch.testing.assert_close(angles[3, 0, 0, :4], 70 * rotary.inv_freq)
     torch.testing.assert_close(angles[..., :4], angles[..., 4:])

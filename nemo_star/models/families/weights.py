@@ -1,14 +1,22 @@
-"""Words of the families' mapping tables: one dist_checkpoint tensor, and the Hugging Face tensors it is made of."""
+"""Words of the families' mapping tables: one dist_checkpoint tensor, and the Hugging Face tensors it is made of; and
+the table of the decoder that all of them are variations of.
+
+The keys are those of Megatron's GPTModel with Transformer Engine's names for the fused norms, layers stacked in a first
+dimension; Megatron's local spec maps its own names to them, so one checkpoint loads in both. Norms of what attention
+and FFN give back are named as Megatron-Bridge has them for Gemma 3.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_star.config.model import ModelConfig
+
+Shapes = Callable[[ModelConfig], tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Weight:
 
     key: str
     hf_names: tuple[str, ...]
-    shapes: Callable[[ModelConfig], tuple[tuple[int, ...], ...]]
+    shapes: Shapes
     """Shape of each Hugging Face tensor."""
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor] = lambda parts, model: parts[0]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]] = lambda whole, model: (whole,)
@@ -36,16 +44,27 @@ class Weight:
 
 
 def join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Megatron's order: for each query group its query heads, its K head, its V head."""
-    groups = [part.reshape(model.num_query_groups, -1, model.hidden_size) for part in parts]
-    return torch.cat(groups, dim=1).reshape(-1, model.hidden_size)
+    """Megatron's order: for each query group its query heads, its K head, its V head. Of weights or of biases."""
+    rest = parts[0].shape[1:]
+    groups = [part.reshape(model.num_query_groups, -1, *rest) for part in parts]
+    return torch.cat(groups, dim=1).reshape(-1, *rest)
 
 
 def split_qkv(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+    rest = whole.shape[1:]
     queries = model.query_width // model.num_query_groups
-    groups = whole.reshape(model.num_query_groups, -1, model.hidden_size)
+    groups = whole.reshape(model.num_query_groups, -1, *rest)
     parts = groups.split([queries, model.kv_channels, model.kv_channels], dim=1)
-    return [part.reshape(-1, model.hidden_size) for part in parts]
+    return [part.reshape(-1, *rest) for part in parts]
+
+
+def join_fused_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Of one tensor [queries; keys; values]."""
+    return join_qkv(parts[0].split([model.query_width, model.kv_width, model.kv_width]), model)
+
+
+def split_fused_qkv(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+    return [torch.cat(list(split_qkv(whole, model)))]
 
 
 def join_gate_up(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
@@ -54,3 +73,127 @@ def join_gate_up(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
 
 def split_gate_up(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
     return whole.split(model.ffn_hidden_size, dim=0)
+
+
+LAYER = "model.layers.{layer}."
+PRE_ATTENTION, PRE_MLP = "self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"
+POST_ATTENTION, POST_MLP = "self_attention.linear_proj.post_layernorm.weight", "mlp.linear_fc2.post_layernorm.weight"
+LLAMA_NORMS = {PRE_ATTENTION: "input_layernorm", PRE_MLP: "post_attention_layernorm"}
+
+
+def decoder_weights(
+    model: ModelConfig,
+    *,
+    norms: Mapping[str, str] = LLAMA_NORMS,
+    fused_qkv: bool = False,
+    fused_gate_up: bool = False,
+) -> tuple[Weight, ...]:
+    """The mapping table of a decoder with Llama's names, attention and MLP as `model` says; tied embeddings have no
+    head of their own.
+
+    Args:
+        norms: key in a layer -> Hugging Face's name.
+        fused_qkv, fused_gate_up: Hugging Face keeps them as one tensor.
+    """
+    table = [
+        Weight(
+            "embedding.word_embeddings.weight",
+            ("model.embed_tokens.weight",),
+            lambda m: ((m.vocab_size, m.hidden_size),),
+        ),
+        *(_vector(key, f"{name}.weight", lambda m: m.hidden_size) for key, name in norms.items()),
+        *_attention(model, fused_qkv),
+        *_mlp(model, fused_gate_up),
+        Weight("decoder.final_layernorm.weight", ("model.norm.weight",), lambda m: ((m.hidden_size,),)),
+    ]
+    if not model.share_embeddings_and_output_weights:
+        table.append(
+            Weight("output_layer.weight", ("lm_head.weight",), lambda m: ((m.vocab_size, m.hidden_size),)),
+        )
+    return tuple(table)
+
+
+def _vector(key: str, name: str, size: Callable[[ModelConfig], int]) -> Weight:
+    """A norm, or a bias that is stored as it is."""
+    return Weight(f"decoder.layers.{key}", (LAYER + name,), lambda m: ((size(m),),))
+
+
+def _attention(model: ModelConfig, fused: bool) -> list[Weight]:
+    table = [_qkv("weight", fused)]
+    if model.add_qkv_bias:
+        table.append(_qkv("bias", fused))
+    if model.qk_norm != "none":
+        heads = model.qk_norm == "projection"
+        table.append(
+            _vector(
+                "self_attention.q_layernorm.weight",
+                "self_attn.q_norm.weight",
+                lambda m: m.query_width if heads else m.kv_channels,
+            )
+        )
+        table.append(
+            _vector(
+                "self_attention.k_layernorm.weight",
+                "self_attn.k_norm.weight",
+                lambda m: m.kv_width if heads else m.kv_channels,
+            )
+        )
+    table.append(
+        Weight(
+            "decoder.layers.self_attention.linear_proj.weight",
+            (LAYER + "self_attn.o_proj.weight",),
+            lambda m: ((m.hidden_size, m.query_width),),
+        )
+    )
+    if model.add_projection_bias:
+        table.append(_vector("self_attention.linear_proj.bias", "self_attn.o_proj.bias", lambda m: m.hidden_size))
+    return table
+
+
+def _qkv(what: str, fused: bool) -> Weight:
+    """Weight or bias of queries, keys and values."""
+
+    def shapes(m: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        rest = (m.hidden_size,) if what == "weight" else ()
+        rows = (m.query_width, m.kv_width, m.kv_width)
+        return ((sum(rows), *rest),) if fused else tuple((row, *rest) for row in rows)
+
+    names = ("self_attn.qkv_proj",) if fused else tuple(f"self_attn.{part}_proj" for part in "qkv")
+    return Weight(
+        f"decoder.layers.self_attention.linear_qkv.{what}",
+        tuple(f"{LAYER}{name}.{what}" for name in names),
+        shapes,
+        join_fused_qkv if fused else join_qkv,
+        split_fused_qkv if fused else split_qkv,
+    )
+
+
+def _mlp(model: ModelConfig, fused: bool) -> list[Weight]:
+    table = [_gate_up("weight", fused)]
+    if model.add_mlp_bias:
+        table.append(_gate_up("bias", fused))
+    table.append(
+        Weight(
+            "decoder.layers.mlp.linear_fc2.weight",
+            (LAYER + "mlp.down_proj.weight",),
+            lambda m: ((m.hidden_size, m.ffn_hidden_size),),
+        )
+    )
+    if model.add_mlp_bias:
+        table.append(_vector("mlp.linear_fc2.bias", "mlp.down_proj.bias", lambda m: m.hidden_size))
+    return table
+
+
+def _gate_up(what: str, fused: bool) -> Weight:
+    """Weight or bias of the gated FFN's two projections; Megatron keeps [gate; up] as Phi and GLM do."""
+
+    def shapes(m: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        rest = (m.hidden_size,) if what == "weight" else ()
+        rows = (2 * m.ffn_hidden_size,) if fused else (m.ffn_hidden_size, m.ffn_hidden_size)
+        return tuple((row, *rest) for row in rows)
+
+    key = f"decoder.layers.mlp.linear_fc1.{what}"
+    if fused:
+        return Weight(key, (f"{LAYER}mlp.gate_up_proj.{what}",), shapes)
+    names = (f"{LAYER}mlp.gate_proj.{what}", f"{LAYER}mlp.up_proj.{what}")
+    return Weight(key, names, shapes, join_gate_up, split_gate_up)

@@ -1,0 +1,114 @@
+"""Random tiny models of transformers, one or more to a family, every optional part switched on and away from zero."""
+
+import torch
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 20000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 24.0,
+    "beta_slow": 2.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 3.0, 7.0],
+}
+CASES = {
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-attention-bias": ("Llama", {"attention_bias": True}),
+    "llama-mlp-bias": ("Llama", {"mlp_bias": True}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.3}}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": None}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 16,
+            "sliding_window": None,
+            "rope_parameters": YARN
+            | {
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "llama_4_scaling_beta": 0.4,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen2": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "phi3-short": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 200,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3-long": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 40,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3-whole": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 40,
+            "rope_parameters": LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.5]},
+        },
+    ),
+    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
+    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+}
+"""Name -> (transformers' prefix of Config and ForCausalLM, settings beside SIZES)."""
+
+
+def save_model(folder, case):
+    """The model of a case, saved in `folder`, in float32."""
+    import transformers
+
+    family, settings = CASES[case]
+    torch.manual_seed(sorted(CASES).index(case))
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.uniform_(weight, -0.5, 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 131, (count,), generator=generator).tolist()
+
+
+def greedy(model, prompt, count):
+    """(tokens, logits [count, vocab]) that transformers' model gives, the whole sequence anew for each."""
+    ids, rows = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            rows.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+            ids.append(int(rows[-1].argmax()))
+    return ids[len(prompt) :], torch.stack(rows)

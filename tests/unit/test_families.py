@@ -1,0 +1,106 @@
+"""Every family against transformers: logits and tokens, conversion both ways, what is refused."""
+
+import json
+
+import pytest
+import torch
+from family_models import CASES, greedy, save_model, tokens
+from safetensors.torch import load_file
+
+from nemo_star import LLM, SamplingParams
+from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
+from nemo_star.models.families import families
+
+CONTEXT, QUERY, STEPS = 90, 7, 32
+
+
+@pytest.fixture(scope="module", params=CASES)
+def converted(request, tmp_path_factory):
+    """(transformers' model, its folder, the converted checkpoint)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_model(folder / "hf", request.param)
+    import_checkpoint(folder / "hf", folder / "converted")
+    return model, folder / "hf", folder / "converted"
+
+
+def test_logits_and_tokens_are_those_of_transformers(converted):
+    model, _, checkpoint = converted
+    context, query = tokens(CONTEXT, seed=5), tokens(QUERY, seed=6)
+    expected, logits = greedy(model, context + query, STEPS)
+    for attention in ({"kind": "dense"}, {"kind": "star", "block_size": CONTEXT}):
+        llm = LLM(checkpoint, attention=attention)
+        result = llm.generate(
+            llm.encode(context), [query], SamplingParams(max_tokens=STEPS, ignore_eos=True, logits=True)
+        )[0]
+        assert list(result.token_ids) == expected
+        assert (result.logits - logits).abs().max() <= 5e-4
+
+
+def test_export_gives_back_the_same_tensors(converted, tmp_path):
+    model, folder, checkpoint = converted
+    export_checkpoint(checkpoint, tmp_path / "back")
+    before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = type(model).from_pretrained(tmp_path / "back", dtype="auto").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+
+
+def values_of(family, **changed):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(vocab_size=131, hidden_size=64, num_attention_heads=4).to_dict()
+    return {**config, "sliding_window": None, **changed}
+
+
+REFUSED = {
+    "windows of Mistral 0.1": ("Mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+    "windows of Qwen": ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    "windows of Phi": ("Phi3", {"sliding_window": 2047}, "sliding_window=2047 is shorter"),
+    "an activation": ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+    "a key that nobody knows": ("Llama", {"logit_scale": 0.5}, "logit_scale=0.5: not known for LlamaForCausalLM"),
+    "a rope kind": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+        "rope scaling of type 'proportional' is not supported",
+    ),
+    "a key of a rope kind": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "scale": 3.0}},
+        "type 'linear' with scale is not supported",
+    ),
+    "a part of Llama's dimensions": ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not"),
+    "two bases": (
+        "Llama",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_theta": 1.0}}},
+        "with full_attention, sliding_attention is not supported",
+    ),
+    "longrope without factors": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+        "lacks short_factor, long_factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(case):
+    family, changed, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        families()[f"{family}ForCausalLM"].model_config(values_of(family, **changed))
+
+
+def test_positions_that_compute_otherwise_are_refused(tmp_path):
+    save_model(tmp_path / "hf", "qwen2")
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text())
+    config["dual_chunk_attention_config"] = {"chunk_size": 120, "local_size": 20}
+    file.write_text(json.dumps(config))
+    import_checkpoint(tmp_path / "hf", tmp_path / "converted")
+    llm = LLM(tmp_path / "converted")
+    with pytest.raises(ValueError, match="up to 101 positions.*from position 100 on"):
+        llm.encode(tokens(101, seed=1))
+    book = llm.encode(tokens(90, seed=1))
+    with pytest.raises(ValueError, match="up to 102 positions.*from position 100 on"):
+        llm.generate(book, [[5, 6]], SamplingParams(max_tokens=10))
+    assert len(llm.generate(book, [[5, 6]], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids) == 8
