@@ -29,6 +29,7 @@ from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
+from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import (
     create_groups,
     gather_objects,
@@ -118,6 +119,7 @@ class LLM:
         """All of it but the weights."""
         self.description = on_first_rank(lambda: read_description(folder))
         check_layout(self.description.model, self.groups.layout, self.method)
+        check_experts(self.description.model, self.groups.layout)
         work = Workload(
             self.description.model,
             self.groups.layout,

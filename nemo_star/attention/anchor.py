@@ -61,6 +61,12 @@ class SharedAnchor:
             del self._kv[layer_number]
         return kv[0], kv[1]
 
+    def pass_by(self, layer_number: int) -> None:
+        """Take part in handing out a layer's anchor that this rank has no block for: others may get it through it."""
+        self._arrived(layer_number)
+        if not self._uses[layer_number]:
+            self._kv.pop(layer_number, None)
+
     def finish(self) -> None:
         """After the last block: take part in what this rank did not need, end what is under way, free everything."""
         for layer_number in self._layers:

@@ -76,6 +76,10 @@ class CoreAttention(nn.Module):
         """Attend within the context; cache K/V of the block's own tokens. Returns [sq, b, np, hn]."""
         raise NotImplementedError
 
+    def accompany(self, step: PrefillStep) -> None:
+        """Take part in what a layer hands from rank to rank for blocks of other ranks, where this one has no more and
+        ranks go through their blocks in step."""
+
     def decode(self, q: Tensor, k: Tensor, v: Tensor, step: DecodeStep) -> Tensor:
         """Attend to every cached token of the context on every cp rank, and causally to the sequence's own (paper
         section 2.2). Returns [sq, b, np, hn]."""

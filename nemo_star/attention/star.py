@@ -48,6 +48,10 @@ class StarAttention(CoreAttention):
             blocks_left=sum(block.index > 0 for block in partition.ranks[group.rank()]),
         )
 
+    def accompany(self, step: PrefillStep) -> None:
+        if isinstance(step.handover, SharedAnchor):
+            step.handover.pass_by(self.layer_number)
+
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
         recomputed = k.shape[0] - step.block.tokens
         step.cache.append(self.layer_number, k[recomputed:], v[recomputed:])

@@ -33,6 +33,8 @@ class PrefillStep:
     cache: KVCache
     """Of the context: the block's own K/V go here."""
     handover: Handover | None = None
+    tokens_by_rank: tuple[int, ...] = ()
+    """In flight on each cp rank at the same time, where ranks go through their blocks in step."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model
 from nemo_star.models.rotary import build_rotary
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
+from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import Groups
 from nemo_star.parallel.layout import Layout, check_layout
 from nemo_star.planning.flops import prefill_flops
@@ -144,6 +145,7 @@ def build_contenders(
         place = shared if method.shares_context else (ALONE, alone)
         layout = place[0]
         check_layout(model, layout, method)
+        check_experts(model, layout)
         decode = candidate.decode or config.parallel.decode
         sliced = sliced_matrices(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
         engine = None
@@ -174,7 +176,7 @@ def _engine(
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     layout, groups = place
     state = attention_state(method.settings, groups, device=device, dtype=dtype, divides_decode=bool(sliced))
-    built = build_model(model, state=state, groups=groups.collection, dtype=dtype, device=device)
+    built = build_model(model, state=state, groups=groups, dtype=dtype, device=device)
     weights_layout = dataclasses.replace(layout, cp=1)
     if weights_layout not in drawn:
         _draw(built)

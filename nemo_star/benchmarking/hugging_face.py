@@ -41,10 +41,10 @@ def build_llama(model: ModelConfig, weights: dict[str, Tensor]) -> PreTrainedMod
         built = AutoModelForCausalLM.from_config(config, dtype=some.dtype).eval()
     targets = built.state_dict()
     for weight in decoder_weights(model):
-        for layer in range(model.num_layers) if weight.stacked else (0,):
-            whole = weights[_parameter(weight.key, layer, weights)]
-            for name, part in zip(weight.hf_names, weight.split(whole, model), strict=True):
-                targets[name.format(layer=layer)].copy_(part)
+        for place in weight.places(model):
+            whole = weights[_parameter(place.key, place.index[0] if place.index else 0, weights)]
+            for name, part in zip(place.hf_names, weight.split(whole, model), strict=True):
+                targets[name].copy_(part)
     return built
 
 

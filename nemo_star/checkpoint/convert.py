@@ -90,19 +90,19 @@ def _chunks(reader: HFReader, model: ModelConfig, family: Family, dtype: torch.d
     """Every tensor of the mapping table as chunks of the dist_checkpoint, shapes checked from the headers."""
     known = set()
     for weight in family.weights(model):
-        for layer in range(model.num_layers) if weight.stacked else (None,):
-            names = [name.format(layer=layer) for name in weight.hf_names]
+        shape = weight.shape(model)
+        for place in weight.places(model):
+            names = list(place.hf_names)
             known.update(names)
             stored = _check_tensors(reader, names, weight.shapes(model))
-            shape = weight.shape(model)
-            origin = (0,) * len(shape)
+            wanted = None if weight.keeps_type else dtype
             yield Chunk(
-                key=weight.key,
-                global_shape=shape if layer is None else (model.num_layers, *shape),
-                offsets=origin if layer is None else (layer, *origin),
-                shape=shape if layer is None else (1, *shape),
-                dtype=dtype or stored,
-                make=partial(_make, reader, names, weight, model, dtype),
+                key=place.key,
+                global_shape=(*place.counts, *shape),
+                offsets=(*place.index, *(0 for _ in shape)),
+                shape=(*(1 for _ in place.index), *shape),
+                dtype=wanted or stored,
+                make=partial(_make, reader, names, weight, model, wanted),
             )
     unknown = sorted(name for name in reader.names() if name not in known and not family.is_ignored(name, model))
     if unknown:
@@ -139,10 +139,9 @@ def _hf_tensors(weights: Path, description: CheckpointDescription) -> Iterator[t
     reader = DistCheckpointReader(weights)
     model = description.model
     for weight in families()[description.architecture].weights(model):
-        for layer in range(model.num_layers) if weight.stacked else (None,):
-            parts = weight.split(reader.read(weight.key, layer), model)
-            for name, part in zip(weight.hf_names, parts, strict=True):
-                yield name.format(layer=layer), part
+        for place in weight.places(model):
+            parts = weight.split(reader.read(place.key, place.index), model)
+            yield from zip(place.hf_names, parts, strict=True)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,13 +13,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_star.checkpoint.description import WEIGHTS_FOLDER
 
 
-def load_weights(model: GPTModel, checkpoint: Path) -> None:
+def load_weights(model: GPTModel, checkpoint: Path, *, layer_by_layer: bool = False) -> None:
     """Fill `model` from `checkpoint`; each rank reads its own part. Stored types are cast to the model's.
+
+    Args:
+        layer_by_layer: layers are not all alike, so that the checkpoint has keys for each instead of stacked ones.
 
     Raises:
         ValueError: a tensor that the model needs is missing or has another shape.
     """
-    wanted = model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})
+    wanted = model.sharded_state_dict(
+        metadata={"dp_cp_group": model.pg_collection.dp_cp, "non_homogeneous_layers": layer_by_layer}
+    )
     # Transformer Engine's fp8 state, which a converted checkpoint does not have.
     wanted = {name: value for name, value in wanted.items() if not name.endswith("_extra_state")}
     for weight in model.parameters():

@@ -137,15 +137,15 @@ class DistCheckpointReader:
         stored = self._storage.read_metadata().state_dict_metadata
         self.tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        """The tensor `key`, or one layer of a tensor stacked over layers, in its stored type."""
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """The tensor `key`, or what lies at `index` of its first dimensions (layer, expert), in its stored type."""
         stored = self.tensors[key]
-        shape = tuple(stored.size) if layer is None else (1, *stored.size[1:])
-        target = torch.empty(shape, dtype=stored.properties.dtype)
-        offsets = (layer or 0,) + (0,) * (len(shape) - 1)
+        shape = tuple(stored.size)[len(index) :]
+        target = torch.empty(*(1 for _ in index), *shape, dtype=stored.properties.dtype)
+        offsets = (*index, *(0 for _ in shape))
         with _one_process():
             dcp.load({}, storage_reader=self._storage, planner=_RectanglePlanner(key, offsets, target), no_dist=True)
-        return target if layer is None else target[0]
+        return target.view(shape)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ _LLAMA_HAS = (
     "rotary_interleaved",
     "query_scaling",
     "embedding_scale",
+    "moe",
 )
 """Settings of a model's shape that must be as in Llama where transformers is compared with."""
 

@@ -51,6 +51,34 @@ class QueryScaling:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Layers whose FFN is a mixture of experts."""
+
+    num_experts: int
+    """Routed experts of a layer."""
+    experts_per_token: int
+    """That a token goes through (top k)."""
+    ffn_hidden_size: int
+    """Width inside one expert."""
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the router's logits."""
+    normalizes: bool = True
+    """Whether the weights of a token's experts sum to one."""
+    scaling_factor: float = 1.0
+    """What these weights are multiplied by."""
+    num_groups: int = 1
+    """Groups of experts."""
+    groups_per_token: int = 1
+    """Groups that a token's experts come from."""
+    correction_bias: bool = False
+    """Whether a bias of each expert takes part in the choice, not in the weights."""
+    shared_ffn_hidden_size: int = 0
+    """Width inside the expert that every token goes through; 0: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that have an FFN of `ffn_hidden_size` instead."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder, in the words of Megatron's TransformerConfig where it has them: of a checkpoint, of random
     weights that are measured, of what is planned. What is left out is as in Llama."""
@@ -103,6 +131,8 @@ class ModelConfig:
     """How queries are scaled by position; None: not at all."""
     embedding_scale: float = 1.0
     """What embeddings are multiplied by."""
+    moe: MoEConfig | None = None
+    """Mixture of experts; None: every layer has one FFN."""
     max_exact_positions: int | None = None
     """Positions from which on this model computes otherwise than is implemented: longer requests are refused."""
 
@@ -117,6 +147,10 @@ class ModelConfig:
         for name, value in asdict(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"a model with {name} {value}: must be at least 1")
+        if self.moe is not None and self.moe.experts_per_token > self.moe.num_experts:
+            raise ValueError(
+                f"moe.experts_per_token {self.moe.experts_per_token} of moe.num_experts {self.moe.num_experts}"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
@@ -140,12 +174,27 @@ class ModelConfig:
 
     @property
     def layer_matrices(self) -> dict[str, int]:
-        """Elements of one layer's matrices, by what they do."""
+        """Elements of one layer's matrices that a token goes through, by what they do."""
         return {
             "qkv": self.hidden_size * (self.query_width + 2 * self.kv_width),
             "projection": self.query_width * self.hidden_size,
-            "ffn": 3 * self.hidden_size * self.ffn_hidden_size,
+            "ffn": self._ffn_elements(),
         }
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers have different weights: some experts, others not."""
+        return self.moe is not None and bool(self.moe.dense_layers)
+
+    def _ffn_elements(self) -> int:
+        """Of the FFN, or of a token's experts; a mean, where some layers have experts and others not."""
+        if self.moe is None:
+            return 3 * self.hidden_size * self.ffn_hidden_size
+        width = self.moe.experts_per_token * self.moe.ffn_hidden_size + self.moe.shared_ffn_hidden_size
+        mixture = 3 * self.hidden_size * width + self.hidden_size * self.moe.num_experts
+        dense = len(self.moe.dense_layers)
+        total = (self.num_layers - dense) * mixture + dense * 3 * self.hidden_size * self.ffn_hidden_size
+        return total // self.num_layers
 
     @property
     def pair_flops(self) -> int:

@@ -18,6 +18,9 @@ class ParallelConfig:
     """Stages (pp) that share the layers, one after the other."""
     context_parallel_size: int | None = None
     """Ranks (cp) that share the context; None: all ranks that tp and pp leave over (for dense attention: 1)."""
+    expert_model_parallel_size: int = 1
+    """Ranks (ep) of those of tp and cp that divide the experts of a mixture, over cp first; the tp ranks that are left
+    divide each expert. 1: every cp rank has all experts."""
     decode: Literal["replicated", "sharded"] | None = None
     """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
     on each. None: `sharded` where an estimate says that it pays."""
@@ -27,7 +30,12 @@ class ParallelConfig:
     """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"parallel.{name}={size} must be at least 1")

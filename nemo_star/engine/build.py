@@ -38,8 +38,8 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
     state = attention_state(
         config.attention, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
     )
-    model = build_model(shape, state=state, groups=groups.collection, dtype=dtype, device=device)
-    load_weights(model, Path(str(config.checkpoint)))
+    model = build_model(shape, state=state, groups=groups, dtype=dtype, device=device)
+    load_weights(model, Path(str(config.checkpoint)), layer_by_layer=shape.layers_differ)
     rotary = build_rotary(shape, device)
     return engine_around(
         model,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,15 @@ from nemo_star.attention.cache import KVCache
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.engine.context import EncodedContext, Sequence
+from nemo_star.methods.partition import Block, Partition
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects
 
 MAX_RESERVED_TOKENS = 4096
 """Allocated for query and answer from the start; an answer seldom takes all the tokens that it may."""
+
+NO_BLOCK = Block(-1, ())
+"""Of a rank that only accompanies others."""
 
 Choose = Callable[[Tensor], tuple[int, bool]]
 """Logits [vocab] float32 -> (token, whether it ends the answer). Asked on the replica's first rank only."""
@@ -85,9 +90,15 @@ class Engine:
             layer_numbers=self.stage.layer_numbers,
         )
         ids = torch.tensor(context_ids, device=self.device)
-        for block in partition.ranks[cp_rank]:
-            self._encode_block(ids, PrefillStep(block, partition, cache, handover))
+        in_flight = self._in_flight(partition) if self.stage.in_step else None
+        for number, block in enumerate(partition.ranks[cp_rank]):
+            together = in_flight[number] if in_flight else ()
+            self._encode_block(ids, PrefillStep(block, partition, cache, handover, together))
             on_block()
+        for together in (in_flight or [])[len(partition.ranks[cp_rank]) :]:
+            step = PrefillStep(NO_BLOCK, partition, cache, handover, together)
+            with self._step(step, ids[:0]):
+                self.stage.accompany(step)
         waited = _finished(handover)
         self.synchronize()
         return EncodedContext(cache, partition, self.method, time.perf_counter() - started, waited)
@@ -155,6 +166,11 @@ class Engine:
             if ended:
                 return
             tokens = [token]
+
+    def _in_flight(self, partition: Partition) -> list[tuple[int, ...]]:
+        """Tokens in flight on each cp rank, for its first block, its second, and so on until no rank has any."""
+        tokens = [[self.method.tokens_in_flight(block) for block in blocks] for blocks in partition.ranks]
+        return list(zip_longest(*tokens, fillvalue=0))
 
     def _encode_block(self, context_ids: Tensor, step: PrefillStep) -> None:
         spans = self.method.in_flight(step.block)

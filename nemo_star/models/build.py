@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.nn import functional as F
@@ -19,10 +20,14 @@ from torch.nn import functional as F
 from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
+from nemo_star.methods.partition import shares
 from nemo_star.models.guard import check_core_attention
-from nemo_star.models.layer_spec import adapt, gpt_layer_spec, implementation_for
+from nemo_star.models.layer_spec import adapt, gpt_layer_spec, implementation_for, with_experts
+from nemo_star.models.moe import MoE
 from nemo_star.models.norms import ZeroCenteredRMSNorm
 from nemo_star.models.rotary import softmax_scale
+from nemo_star.parallel.experts import ExpertLayout
+from nemo_star.parallel.groups import Groups
 
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -127,22 +132,35 @@ class StageGPTModel(GPTModel):
             )
 
 
+def _layer_specs(
+    config: TransformerConfig, model: ModelConfig, state: AttentionState, groups: Groups
+) -> TransformerBlockSubmodules:
+    """A spec for each layer of this rank's stage."""
+    place = ExpertLayout(groups.layout, tp_rank=groups.tp.rank(), cp_rank=groups.cp.rank())
+    specs = []
+    for layer in range(*shares(model.num_layers, groups.pp.size())[groups.pp.rank()]):
+        spec = star_layer_spec(config, state)
+        adapt(spec, model, config, groups.tp)
+        if model.moe is not None and layer not in model.moe.dense_layers:
+            with_experts(spec, MoE.bound(model.moe, groups.collection, state, place))
+        specs.append(spec)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl)
+
+
 def build_model(
     model: ModelConfig,
     *,
     state: AttentionState,
-    groups: ProcessGroupCollection,
+    groups: Groups,
     dtype: torch.dtype,
     device: torch.device,
 ) -> GPTModel:
     """This rank's part of a GPTModel of shape `model`, weights not initialised, in eval mode."""
-    config = transformer_config(model, groups, dtype, device)
+    config = transformer_config(model, groups.collection, dtype, device)
     tp, pp_rank = groups.tp.size(), groups.pp.rank()
-    spec = star_layer_spec(config, state)
-    adapt(spec, model, config, groups.tp)
     built = StageGPTModel(
         config,
-        spec,
+        _layer_specs(config, model, state, groups),
         vocab_size=-(-model.vocab_size // tp) * tp,  # padded: each tp rank holds as many rows
         max_sequence_length=model.max_position_embeddings or 1,  # of position embeddings, which there are none of
         pre_process=pp_rank == 0,
@@ -150,7 +168,7 @@ def build_model(
         position_embedding_type="none",  # the engine gives the layers their angles; the stock module wants CUDA
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         parallel_output=True,
-        pg_collection=groups,
+        pg_collection=groups.collection,
     )
     if model.zero_centered_norms and config.transformer_impl == "local" and built.post_process:
         built.decoder.final_layernorm = ZeroCenteredRMSNorm(config, config.hidden_size, config.layernorm_epsilon)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from nemo_star.attention.step import AttentionState, DecodeStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.methods.partition import shares
+from nemo_star.models.moe import MoE
 from nemo_star.parallel.decode_slices import Sliced
 
 
@@ -132,7 +133,8 @@ def install(model: GPTModel, state: AttentionState, sliced: frozenset[Sliced] = 
         sliced: what sharded decode divides (`decode_slices.sliced_matrices`).
     """
     for layer in model.decoder.layers:
-        layer.mlp = PhasedMLP(layer.mlp, state)
+        if not isinstance(layer.mlp, MoE):  # which does the same for itself
+            layer.mlp = PhasedMLP(layer.mlp, state)
         if state.decode_group is not None and "projection" in sliced:
             attention = layer.self_attention
             attention.linear_proj = SlicedProjection(attention.linear_proj, state, model.tp_group.size())

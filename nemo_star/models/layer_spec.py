@@ -68,6 +68,18 @@ def adapt(spec: ModuleSpec, model: ModelConfig, config: TransformerConfig, tp_gr
         attention.linear_proj = _with_bias(attention.linear_proj, model.add_projection_bias)
 
 
+def with_experts(spec: ModuleSpec, moe: type) -> None:
+    """Put a mixture of experts in the place of the MLP; the norm before it is then nowhere fused."""
+    layer = spec.submodules
+    if layer.pre_mlp_layernorm is IdentityOp:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer.pre_mlp_layernorm = TENorm
+    layer.mlp = moe
+    names = layer.sharded_state_dict_keys_map
+    layer.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
+
+
 def _without_pre_norms(layer: Any, *, fused: bool) -> None:
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     layer.sharded_state_dict_keys_map = {}

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_star.attention.cache import KVShape
+from nemo_star.attention.step import PrefillStep
+from nemo_star.models.moe import MoE
 from nemo_star.models.rotary import PositionRotaryEmbedding
 from nemo_star.models.sequence_parallel import SequenceParallel
 from nemo_star.parallel.groups import all_gather
@@ -73,7 +75,7 @@ class Stage:
     def encode(self, input_ids: Tensor, position_ids: Tensor, context_tokens: Tensor) -> None:
         """Run the stage's layers for what they leave in the K/V cache; ids and positions [s], context_tokens [1]."""
         if not input_ids.numel():
-            self._attend_without_tokens()
+            self._without_tokens()
             return
         with self._sequence_parallel.over(input_ids.numel()):
             self._send_on(self._layers(input_ids, position_ids, context_tokens))
@@ -113,10 +115,23 @@ class Stage:
         angles = self.rotary(position_ids, context_tokens)
         return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
 
-    def _attend_without_tokens(self) -> None:
-        """Take part in the attention of other ranks: a short context leaves nothing for this one.
+    @property
+    def in_step(self) -> bool:
+        """Whether cp ranks have to run their blocks at the same time: they hold different experts."""
+        return any(isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp for layer in self.model.decoder.layers)
 
-        Megatron's layers cannot run on no tokens, but K/V of others may travel through this rank.
+    def accompany(self, step: PrefillStep) -> None:
+        """Take part in the work of other cp ranks for blocks of theirs, where this one has no more."""
+        self._without_tokens(step)
+
+    def _without_tokens(self, step: PrefillStep | None = None) -> None:
+        """Take part in the work of other ranks without tokens of one's own.
+
+        Megatron's layers cannot run on no tokens, but K/V of others may travel through this rank, and its experts are
+        asked for.
+
+        Args:
+            step: of a rank that has no block; None: it has one that is empty, and attends.
         """
         shape = self.kv_shape
         heads = self.model.config.num_attention_heads // self.model.tp_group.size()
@@ -124,8 +139,14 @@ class Stage:
             torch.empty(0, shape.batch, count, shape.channels, dtype=shape.dtype, device=shape.device)
             for count in (heads, shape.groups, shape.groups)
         )
+        hidden = torch.empty(0, shape.batch, self.model.config.hidden_size, dtype=shape.dtype, device=shape.device)
         for layer in self.model.decoder.layers:
-            layer.self_attention.core_attention(q, k, v)
+            if step is None:
+                layer.self_attention.core_attention(q, k, v)
+            else:
+                layer.self_attention.core_attention.accompany(step)
+            if isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp:
+                layer.mlp(hidden)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """hidden [rows, b, h] -> logits [rows, vocab] float32; those of all tokens of a 128K block would be 34 GB."""

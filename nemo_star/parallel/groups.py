@@ -60,7 +60,7 @@ class Groups:
     """The process groups of one rank."""
 
     collection: ProcessGroupCollection
-    """Megatron's: tp, cp, pp, dp, tp_cp, dp_cp; goes through the constructors of its modules."""
+    """Megatron's: tp, cp, pp, dp, tp_cp, dp_cp, ep; goes through the constructors of its modules."""
     layout: Layout
     replica: dist.ProcessGroup
     """The ranks that answer one request together: tp, cp and pp."""
@@ -97,6 +97,8 @@ def create_groups(layout: Layout) -> Groups:
 
     groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
     groups["tp_cp"] = group("cp", "tp")
+    if layout.ep > 1:
+        groups["ep"] = group("cp")  # a communicator of its own: what experts exchange is in no order with attention's
     groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
     return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
 

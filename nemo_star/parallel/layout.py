@@ -12,12 +12,14 @@ from nemo_star.methods.registry import known_kinds, method_class
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions; their product is the world size."""
+    """Sizes of the parallel dimensions; the product of tp, cp, dp and pp is the world size."""
 
     tp: int
     cp: int
     dp: int
     pp: int
+    ep: int = 1
+    """Of the ranks of tp and cp, those that divide the experts of a mixture."""
 
 
 def plan_layout(config: ParallelConfig, method: Method | None, *, world_size: int) -> Layout:
@@ -45,7 +47,7 @@ def plan_layout(config: ParallelConfig, method: Method | None, *, world_size: in
             f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} "
             f"* pipeline_model_parallel_size {pp} * context_parallel_size {cp} = {tp * pp * cp}"
         )
-    return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp)
+    return Layout(tp=tp, cp=cp, dp=rest // cp, pp=pp, ep=config.expert_model_parallel_size)
 
 
 def check_layout(model: ModelConfig, layout: Layout, method: Method | None) -> None:

@@ -45,7 +45,7 @@ class MemoryLimit:
         free: dict[str, int] = {}
         for rank, memory in enumerate(self._free):
             stage, dp_rank = rank // (layout.tp * layout.cp * layout.dp), rank // (layout.tp * layout.cp) % layout.dp
-            weights[memory.pool] += weight_elements(work.model, layout.tp, layout.pp, stage) * work.dtype_bytes
+            weights[memory.pool] += weight_elements(work.model, layout, stage) * work.dtype_bytes
             if dp_rank == replica:
                 kv[memory.pool] += kv_bytes(work, stage, tokens[rank // layout.tp % layout.cp])
             free[memory.pool] = min(memory.size, free.get(memory.pool, memory.size))

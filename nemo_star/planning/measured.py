@@ -11,6 +11,7 @@ from nemo_star.config.compare import Candidate
 from nemo_star.config.plan import PlanConfig
 from nemo_star.config.strict import parse
 from nemo_star.methods.config import AttentionConfig
+from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.layout import Layout, check_layout
 from nemo_star.planning.memory import max_kv
 from nemo_star.planning.plan import Row, row_of, workload
@@ -74,6 +75,7 @@ def _compared(row: Row, number: int, candidate: Candidate, config: PlanConfig) -
     )
     work = workload(candidate, run, config.model, layout)
     check_layout(config.model, layout, work.method)
+    check_experts(config.model, layout)
     row_planned = row_of(candidate.word, work, Clock(config.machine, config.efficiency))
     planned = {**row_planned, "kv_bytes_per_rank": max_kv(work)}
     if planned["prefill_flops"] != row["prefill_flops"]:

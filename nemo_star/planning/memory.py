@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.config.model import MLP_CHUNK_TOKENS, ModelConfig
+from nemo_star.methods.partition import shares
+from nemo_star.parallel.experts import ExpertLayout
+from nemo_star.parallel.layout import Layout
 from nemo_star.planning.work import RankWork, Workload, max_in_flight, rank_work
 
 
@@ -27,11 +30,11 @@ def fullest_rank(work: Workload) -> RankMemory:
     activations = {rank.cp_rank: activation_bytes(work, rank) for rank in rank_work(work)}
     needs = [
         RankMemory(
-            weight_elements(work.model, work.layout.tp, work.layout.pp, stage) * work.dtype_bytes,
+            weight_elements(work.model, work.layout, stage) * work.dtype_bytes,
             kv_bytes(work, stage, rank.tokens),
             activations[rank.cp_rank],
         )
-        for stage in _distinct_stages(work.layout.pp)
+        for stage in _distinct_stages(work)
         for rank in rank_work(work)
     ]
     return max(needs, key=lambda need: need.peak)
@@ -43,16 +46,38 @@ def stage_layers(num_layers: int, stages: int, stage: int) -> int:
     return share + (stage < extra)
 
 
-def weight_elements(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
+def weight_elements(model: ModelConfig, layout: Layout, stage: int) -> int:
     """Elements of the weights of a rank in one pipeline stage.
 
     The vocabulary is padded to the tp ranks; a tied head is a matrix of its own where it is on another stage.
     """
-    per_layer = sum(model.layer_matrices.values()) // tp + 2 * model.hidden_size  # and the two norms
-    vocabulary = -(-model.vocab_size // tp) * model.hidden_size
-    first, last = stage == 0, stage == pp - 1
+    layers = range(*shares(model.num_layers, layout.pp)[stage])
+    vocabulary = -(-model.vocab_size // layout.tp) * model.hidden_size
+    first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (first and last and model.share_embeddings_and_output_weights)
-    return stage_layers(model.num_layers, pp, stage) * per_layer + tables * vocabulary + last * model.hidden_size
+    inside = len(layers) * _attention_elements(model, layout.tp) + sum(_ffn_elements(model, layout, n) for n in layers)
+    return inside + tables * vocabulary + last * model.hidden_size
+
+
+def _attention_elements(model: ModelConfig, tp: int) -> int:
+    """Of one layer: attention's matrices and biases, and all norms."""
+    matrices = model.layer_matrices
+    heads = model.query_width + 2 * model.kv_width
+    elements = (matrices["qkv"] + matrices["projection"] + model.add_qkv_bias * heads) // tp
+    elements += model.add_projection_bias * model.hidden_size
+    elements += {"pre": 2, "post": 2, "both": 4}[model.norms] * model.hidden_size
+    qk_norms = {"none": 0, "head": 2 * model.kv_channels, "projection": (model.query_width + model.kv_width) // tp}
+    return elements + qk_norms[model.qk_norm]
+
+
+def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
+    """Of one layer's FFN, or of the experts of a mixture that the rank holds."""
+    hidden, ffn, moe = model.hidden_size, model.ffn_hidden_size, model.moe
+    if moe is None or layer in moe.dense_layers:
+        return (3 * hidden + 2 * model.add_mlp_bias) * ffn // layout.tp + model.add_mlp_bias * hidden
+    place = ExpertLayout(layout)
+    routed = moe.num_experts // place.ep * 3 * hidden * moe.ffn_hidden_size // place.expert_tp
+    return routed + 3 * hidden * moe.shared_ffn_hidden_size // layout.tp + moe.num_experts * hidden
 
 
 def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
@@ -79,12 +104,19 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size
     attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
-    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_hidden_size // work.layout.tp) * size
+    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * _ffn_width(work.model) // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
     layers = stage_layers(work.model.num_layers, work.layout.pp, 0)
     return max(attention, ffn, head) + int(work.method.kept_bytes(rank.share, heads, size, layers=layers))
 
 
-def _distinct_stages(pp: int) -> Sequence[int]:
+def _ffn_width(model: ModelConfig) -> int:
+    """Channels inside the FFN, or the experts, that a token goes through."""
+    moe = model.moe
+    return model.ffn_hidden_size if moe is None else moe.experts_per_token * moe.ffn_hidden_size
+
+
+def _distinct_stages(work: Workload) -> Sequence[int]:
     """The stages that could be the fullest: the ends, and the one after the first (none between has more layers)."""
-    return sorted({0, min(1, pp - 1), pp - 1})
+    pp = work.layout.pp
+    return range(pp) if work.model.layers_differ else sorted({0, min(1, pp - 1), pp - 1})

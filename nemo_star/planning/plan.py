@@ -8,6 +8,7 @@ from typing import Any
 from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.plan import PlanConfig
+from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.layout import Layout, check_layout, plan_layout
 from nemo_star.planning.memory import fullest_rank
 from nemo_star.planning.time import Clock, decode_seconds, prefill_seconds
@@ -30,6 +31,7 @@ def plan_rows(config: PlanConfig) -> list[Row]:
     model = config.model
     layout = shared_layout(config)
     check_layout(model, layout, None)
+    check_experts(model, layout)
     return [_row(candidate, config, model, layout) for candidate in config.candidates]
 
 
@@ -146,6 +148,7 @@ def _row(candidate: Candidate, config: PlanConfig, model: ModelConfig, layout: L
     work = workload(candidate, config, model, layout)
     try:
         check_layout(model, work.layout, work.method)
+        check_experts(model, work.layout)
     except ValueError as error:
         return {"kind": candidate.word, "attention": work.method.kind, "fits": False, "error": str(error)}
     return row_of(candidate.word, work, Clock(config.machine, config.efficiency))

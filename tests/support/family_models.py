@@ -77,6 +77,38 @@ CASES = {
     ),
     "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16},
+    ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "glm4-moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
 }
 """Name -> (transformers' prefix of Config and ForCausalLM, settings beside SIZES)."""
@@ -95,6 +127,9 @@ def save_model(folder, case):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
         elif name.endswith("bias"):
             torch.nn.init.uniform_(weight, -0.5, 0.5)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.uniform_(bias, -0.3, 0.3)
     model.save_pretrained(folder)
     return model
 

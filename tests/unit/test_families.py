@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from nemo_star import LLM, SamplingParams
 from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 from nemo_star.models.families import families
+from nemo_star.parallel.experts import ExpertLayout, check_experts
+from nemo_star.parallel.layout import Layout
+from nemo_star.planning.memory import weight_elements
 
 CONTEXT, QUERY, STEPS = 90, 7, 32
 
@@ -44,6 +47,12 @@ def test_export_gives_back_the_same_tensors(converted, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     loaded = type(model).from_pretrained(tmp_path / "back", dtype="auto").state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_planner_knows_the_weights(converted):
+    llm = LLM(converted[2])
+    held = sum(weight.numel() for weight in llm.engine.stage.model.parameters())
+    assert weight_elements(llm.description.model, Layout(1, 1, 1, 1), 0) == held
 
 
 def values_of(family, **changed):
@@ -88,6 +97,34 @@ def test_what_is_not_implemented_is_refused_by_name(case):
     family, changed, message = REFUSED[case]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         families()[f"{family}ForCausalLM"].model_config(values_of(family, **changed))
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "ep"),
+    [(1, 1, 1), (2, 1, 2), (4, 1, 2), (1, 4, 4), (2, 2, 4), (2, 2, 2), (4, 2, 8), (4, 2, 4), (2, 4, 1)],
+)
+def test_every_slice_of_every_expert_has_one_place(tp, cp, ep):
+    layout = Layout(tp, cp, 1, 1, ep)
+    places = [ExpertLayout(layout, t, c) for c in range(cp) for t in range(tp)]
+    held = {(place.ep_rank, place.expert_tp_rank) for place in places}
+    assert held == {(e, t) for e in range(ep) for t in range(places[0].expert_tp)}
+    copies = tp * cp // (ep * places[0].expert_tp)
+    assert copies == (1 if places[0].over_cp else cp)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(1, 1, 1, 1, 2), "on 1 tensor-parallel and 1 context-parallel ranks of a replica; possible: 1"),
+        (Layout(2, 4, 1, 1, 16), "possible: 1, 2, 4, 8"),
+        (Layout(1, 3, 1, 1, 3), "=3 does not divide the model's 16 experts"),
+    ],
+)
+def test_experts_that_ranks_cannot_divide_are_refused(layout, message):
+    values = values_of("Mixtral", num_local_experts=16, num_key_value_heads=4)
+    model = families()["MixtralForCausalLM"].model_config(values)
+    with pytest.raises(ValueError, match=message):
+        check_experts(model, layout)
 
 
 def test_positions_that_compute_otherwise_are_refused(tmp_path):

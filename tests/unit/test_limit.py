@@ -16,7 +16,7 @@ from nemo_star.planning.work import Workload
 from nemo_star.runtime.memory import FreeMemory, free_memory
 
 LLAMA = ModelConfig(32, 4096, 32, 8, 14336, 128256)
-WEIGHTS = 2 * weight_elements(LLAMA, 1, 1, 0)
+WEIGHTS = 2 * weight_elements(LLAMA, Layout(1, 1, 1, 1), 0)
 
 
 def test_a_cpu_s_memory_is_that_of_its_machine():
@@ -87,7 +87,7 @@ def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question
     from nemo_star.serving.generate import run
 
     model = read_description(tiny).model
-    weights = 4 * weight_elements(model, 1, 1, 0)
+    weights = 4 * weight_elements(model, Layout(1, 1, 1, 1), 0)
     room = 4 * 100 * 2 * model.num_layers * model.num_query_groups * model.kv_channels
     code = run(question, free_memory=lambda device: FreeMemory("here", weights + room))
     lines = read_jsonl(tmp_path / "out.jsonl")

@@ -141,13 +141,13 @@ def test_few_tokens_still_read_the_weights(a800):
 
 def test_weights_are_those_of_the_model():
     model = LLAMA
-    assert weight_elements(model, 1, 1, 0) == 8_030_261_248  # Llama-3.1-8B's own count
-    stages = [weight_elements(model, 1, 3, stage) for stage in range(3)]
+    assert weight_elements(model, Layout(1, 1, 1, 1), 0) == 8_030_261_248  # Llama-3.1-8B's own count
+    stages = [weight_elements(model, Layout(1, 1, 1, 3), stage) for stage in range(3)]
     assert sum(stages) == 8_030_261_248
     tied = dataclasses.replace(model, share_embeddings_and_output_weights=True)
-    assert weight_elements(model, 1, 1, 0) - weight_elements(tied, 1, 1, 0) == 128256 * 4096
+    assert weight_elements(model, Layout(1, 1, 1, 1), 0) - weight_elements(tied, Layout(1, 1, 1, 1), 0) == 128256 * 4096
     padded = dataclasses.replace(model, vocab_size=128255)
-    assert weight_elements(padded, 2, 1, 0) == weight_elements(model, 2, 1, 0)
+    assert weight_elements(padded, Layout(2, 1, 1, 1), 0) == weight_elements(model, Layout(2, 1, 1, 1), 0)
 
 
 def test_memory_falls_with_ranks_and_types():
@@ -170,7 +170,7 @@ def test_kv_bytes_are_those_of_the_cache(tiny):
     model = llm.description.model
     planned = Workload(model, Layout(1, 1, 1, 1), llm.method, 50, dtype="float32")
     assert kv_bytes(planned, 0, 50) == cache.bytes_per_token * cache.tokens
-    assert weight_elements(model, 1, 1, 0) == sum(p.numel() for p in llm.engine.stage.model.parameters())
+    assert weight_elements(model, Layout(1, 1, 1, 1), 0) == sum(p.numel() for p in llm.engine.stage.model.parameters())
 
 
 # Published tables

@@ -62,6 +62,9 @@ class Family:
     read: frozenset[str] = frozenset()
     """Further keys that `settings` reads, or that change nothing in this family."""
 
+    ignores: Callable[[str, ModelConfig], bool] = lambda name, model: False
+    """Tensors of Hugging Face's that this model does not run, by name."""
+
     def model_config(self, values: Mapping[str, Any]) -> ModelConfig:
         """Model shape from the values of a config.json. transformers is not asked: importing it takes seconds.
 
@@ -92,9 +95,8 @@ class Family:
 
     def is_ignored(self, hf_name: str, model: ModelConfig) -> bool:
         """Tensors that old checkpoints carry beside the weights: rotary buffers, a copy of tied embeddings."""
-        return hf_name.endswith("rotary_emb.inv_freq") or (
-            model.share_embeddings_and_output_weights and hf_name == "lm_head.weight"
-        )
+        tied = model.share_embeddings_and_output_weights and hf_name == "lm_head.weight"
+        return tied or hf_name.endswith("rotary_emb.inv_freq") or self.ignores(hf_name, model)
 
     def _check(self, values: Values) -> None:
         for name, supported in {"hidden_act": ("silu",), **self.required}.items():

@@ -8,22 +8,35 @@ and FFN give back are named as Megatron-Bridge has them for Gemma 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nemo_star.config.model import ModelConfig
+from nemo_star.config.model import ModelConfig, MoEConfig
 
 Shapes = Callable[[ModelConfig], tuple[tuple[int, ...], ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hugging Face tensors, and where they lie in the dist_checkpoint."""
+
+    key: str
+    hf_names: tuple[str, ...]
+    index: tuple[int, ...] = ()
+    """In the first dimensions, over which tensors are stacked: layer, expert."""
+    counts: tuple[int, ...] = ()
+    """Sizes of these dimensions."""
 
 
 @dataclass(frozen=True)
 class Weight:
     """One dist_checkpoint tensor and the Hugging Face tensors it is made of.
 
-    `{layer}` in a Hugging Face name stands for the 0-based layer; such weights are stacked over layers.
+    `{layer}` in a Hugging Face name stands for the 0-based layer, `{expert}` for the expert; such weights are stacked
+    over layers (where the key does not name the layer, too), then over experts.
     """
 
     key: str
@@ -33,12 +46,26 @@ class Weight:
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor] = lambda parts, model: parts[0]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]] = lambda whole, model: (whole,)
 
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.hf_names[0]
+    layers: Callable[[ModelConfig], Iterable[int]] = lambda model: range(model.num_layers)
+    """That have it."""
+
+    keeps_type: bool = False
+    """Stored as it is, whatever type the others are converted to."""
+
+    def places(self, model: ModelConfig) -> Iterator[Place]:
+        """Layer by layer, expert by expert."""
+        name = self.hf_names[0]
+        for layer in self.layers(model) if "{layer}" in name else (None,):
+            stack = [] if layer is None or "{layer}" in self.key else [(layer, model.num_layers)]
+            experts = model.moe.num_experts if model.moe is not None and "{expert}" in name else None
+            for expert in (None,) if experts is None else range(experts):
+                whole = stack if experts is None else [*stack, (expert, experts)]
+                names = tuple(name.format(layer=layer, expert=expert) for name in self.hf_names)
+                index, counts = zip(*whole, strict=True) if whole else ((), ())
+                yield Place(self.key.format(layer=layer), names, tuple(index), tuple(counts))
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
-        """Shape of the joined tensor (of one layer): all joins are along the first dimension."""
+        """Shape of the joined tensor, of one layer and expert: all joins are along the first dimension."""
         shapes = self.shapes(model)
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -78,7 +105,33 @@ def split_gate_up(whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
 LAYER = "model.layers.{layer}."
 PRE_ATTENTION, PRE_MLP = "self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"
 POST_ATTENTION, POST_MLP = "self_attention.linear_proj.post_layernorm.weight", "mlp.linear_fc2.post_layernorm.weight"
+PRE_MOE = "pre_mlp_layernorm.weight"
+"""The norm before experts is fused with nothing."""
 LLAMA_NORMS = {PRE_ATTENTION: "input_layernorm", PRE_MLP: "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What Hugging Face calls the parts of a mixture of experts, below the layer."""
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts.{expert}"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "mlp.shared_experts"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+
+
+def dense_layers(model: ModelConfig) -> Iterable[int]:
+    """Layers with one FFN."""
+    return range(model.num_layers) if model.moe is None else model.moe.dense_layers
+
+
+def expert_layers(model: ModelConfig) -> Iterable[int]:
+    """Layers with a mixture of experts."""
+    dense = set(dense_layers(model))
+    return [layer for layer in range(model.num_layers) if layer not in dense]
 
 
 def decoder_weights(
@@ -87,6 +140,7 @@ def decoder_weights(
     norms: Mapping[str, str] = LLAMA_NORMS,
     fused_qkv: bool = False,
     fused_gate_up: bool = False,
+    experts: ExpertNames | None = None,
 ) -> tuple[Weight, ...]:
     """The mapping table of a decoder with Llama's names, attention and MLP as `model` says; tied embeddings have no
     head of their own.
@@ -94,16 +148,24 @@ def decoder_weights(
     Args:
         norms: key in a layer -> Hugging Face's name.
         fused_qkv, fused_gate_up: Hugging Face keeps them as one tensor.
+        experts: names in layers that have experts.
     """
     table = [
+        *(_norm(key, f"{name}.weight", model) for key, name in norms.items()),
+        *_attention(model, fused_qkv),
+        *_mlp(model, fused_gate_up),
+    ]
+    if model.moe is not None:
+        table += [_vector(PRE_MOE, f"{norms[PRE_MLP]}.weight", lambda m: m.hidden_size, expert_layers)]
+        table += _experts(model.moe, experts)
+    if model.layers_differ:
+        table = [replace(weight, key=weight.key.replace(".layers.", ".layers.{layer}.")) for weight in table]
+    table += [
         Weight(
             "embedding.word_embeddings.weight",
             ("model.embed_tokens.weight",),
             lambda m: ((m.vocab_size, m.hidden_size),),
         ),
-        *(_vector(key, f"{name}.weight", lambda m: m.hidden_size) for key, name in norms.items()),
-        *_attention(model, fused_qkv),
-        *_mlp(model, fused_gate_up),
         Weight("decoder.final_layernorm.weight", ("model.norm.weight",), lambda m: ((m.hidden_size,),)),
     ]
     if not model.share_embeddings_and_output_weights:
@@ -113,9 +175,65 @@ def decoder_weights(
     return tuple(table)
 
 
-def _vector(key: str, name: str, size: Callable[[ModelConfig], int]) -> Weight:
+def _norm(key: str, name: str, model: ModelConfig) -> Weight:
+    """Of every layer, but the norm before an FFN: of those that have one."""
+    layers = dense_layers if key == PRE_MLP else _all_layers
+    return _vector(key, name, lambda m: m.hidden_size, layers)
+
+
+def _all_layers(model: ModelConfig) -> Iterable[int]:
+    return range(model.num_layers)
+
+
+def _vector(
+    key: str,
+    name: str,
+    size: Callable[[ModelConfig], int],
+    layers: Callable[[ModelConfig], Iterable[int]] = _all_layers,
+) -> Weight:
     """A norm, or a bias that is stored as it is."""
-    return Weight(f"decoder.layers.{key}", (LAYER + name,), lambda m: ((size(m),),))
+    return Weight(f"decoder.layers.{key}", (LAYER + name,), lambda m: ((size(m),),), layers=layers)
+
+
+def _experts(moe: MoEConfig, names: ExpertNames | None) -> list[Weight]:
+    """Router, experts and shared expert of the layers that have them."""
+    assert names is not None
+    mixture = [
+        Weight(
+            "decoder.layers.mlp.router.weight",
+            (f"{LAYER}{names.router}.weight",),
+            lambda m: ((moe.num_experts, m.hidden_size),),
+            layers=expert_layers,
+        ),
+        *_gated("mlp.experts.experts", names.experts, moe.ffn_hidden_size, names),
+    ]
+    if moe.correction_bias:
+        bias = _vector("mlp.router.expert_bias", names.correction_bias, lambda m: moe.num_experts, expert_layers)
+        mixture.append(replace(bias, keeps_type=True))
+    if moe.shared_ffn_hidden_size:
+        mixture += _gated("mlp.shared_experts", names.shared, moe.shared_ffn_hidden_size, names)
+    return mixture
+
+
+def _gated(key: str, prefix: str, ffn: int, names: ExpertNames) -> list[Weight]:
+    """The two matrices of an expert."""
+    first = tuple(f"{LAYER}{prefix}.{name}.weight" for name in (names.gate, names.up))
+    return [
+        Weight(
+            f"decoder.layers.{key}.linear_fc1.weight",
+            first,
+            lambda m: ((ffn, m.hidden_size),) * 2,
+            join_gate_up,
+            lambda whole, m: whole.split(ffn, dim=0),
+            layers=expert_layers,
+        ),
+        Weight(
+            f"decoder.layers.{key}.linear_fc2.weight",
+            (f"{LAYER}{prefix}.{names.down}.weight",),
+            lambda m: ((m.hidden_size, ffn),),
+            layers=expert_layers,
+        ),
+    ]
 
 
 def _attention(model: ModelConfig, fused: bool) -> list[Weight]:
@@ -181,7 +299,7 @@ def _mlp(model: ModelConfig, fused: bool) -> list[Weight]:
     )
     if model.add_mlp_bias:
         table.append(_vector("mlp.linear_fc2.bias", "mlp.down_proj.bias", lambda m: m.hidden_size))
-    return table
+    return [replace(weight, layers=dense_layers) for weight in table]
 
 
 def _gate_up(what: str, fused: bool) -> Weight:
