@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import commonprefix
 from typing import Any
 
 from nemo_star.config.llm import check_template_kwargs
@@ -101,9 +102,11 @@ class _Template:
             earlier = self._tokenizer.render(chat[:number], **self._variables) if number else ""
         except ValueError:  # it takes no conversation without a question, for instance
             return text, at
-        # Some templates move the system's text into the user's message, or write an earlier turn differently.
-        complete = earlier and text.startswith(earlier) and (chat[number - 1]["content"] or "").strip() in earlier
-        return text, min(at, len(earlier)) if complete else at
+        # They part where the header begins, unless the template writes an earlier turn differently once there is this
+        # one, or moves the system's text into it.
+        shared = commonprefix([earlier, text])
+        complete = shared and (chat[number - 1]["content"] or "").strip() in shared
+        return text, min(at, len(shared)) if complete else at
 
     def _whole(self, chat: Chat) -> str:
         return self._tokenizer.render(chat, **self._end, **self._variables)
