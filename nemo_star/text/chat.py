@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os.path import commonprefix
 from typing import Any
 
 from nemo_star.config.llm import check_template_kwargs
@@ -65,7 +64,7 @@ class _Template:
         if not numbers:
             return
         marks = {i: f"{_MARK}{i};" for i in numbers}
-        text = self._whole([{**m, "content": m["content"] + marks.get(i, "")} for i, m in enumerate(chat)])
+        text = self._whole([{**m, "content": m["content"] + marks[i]} if i in marks else m for i, m in enumerate(chat)])
         for number in numbers:
             if marks[number] not in text:
                 raise ValueError(
@@ -104,7 +103,8 @@ class _Template:
             return text, at
         # They part where the header begins, unless the template writes an earlier turn differently once there is this
         # one, or moves the system's text into it.
-        shared = commonprefix([earlier, text])
+        differ = (i for i, (one, other) in enumerate(zip(earlier, text, strict=False)) if one != other)
+        shared = text[: next(differ, len(earlier))]
         complete = shared and (chat[number - 1]["content"] or "").strip() in shared
         return text, min(at, len(shared)) if complete else at
 

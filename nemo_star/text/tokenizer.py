@@ -71,9 +71,9 @@ class Tokenizer:
     def encode_cut(self, text: str, at: int) -> tuple[list[int], list[int]]:
         """Token ids of a whole text, without special tokens of its own, in two parts.
 
-        The parts are cut where the last token ends that ends at or before character `at`. Where the tokenizer does not
-        say which characters a token is of, the start of the text is tokenized once more, and the cut is where its
-        tokens begin to differ from those of the whole.
+        The parts are cut where the last token ends that ends at or before character `at`; tokens of blanks that stand
+        there may be of the first part, too. Where the tokenizer does not say which characters a token is of, the start
+        of the text is tokenized once more, and the cut is where its tokens begin to differ from those of the whole.
         """
         slices = self._slices(text)
         encoded = self.hf(slices, add_special_tokens=False, verbose=False)
