@@ -84,7 +84,7 @@ class LLM:
             "checkpoint": str(checkpoint),
             "dtype": dtype,
             "chat_template": chat_template,
-            "chat_template_kwargs": chat_template_kwargs or {},
+            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
             "attention": attention or {},
             "parallel": parallel or {},
             "cache": cache or {},

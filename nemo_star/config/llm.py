@@ -37,7 +37,7 @@ class LLMConfig:
     """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
     chat_template: bool = False
     """Wrap context and query in the tokenizer's chat template as one user message (instruct models)."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as {enable_thinking: false}."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -50,7 +50,7 @@ class RequestReader:
     tokenizer: Tokenizer | None
     chat_template: bool = False
     """Wrap a context and a query as one message. Messages are in the template anyway."""
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables of the template; those of a line come on top."""
 
     def parse_line(self, line: bytes, index: int) -> Request | BadRequest:
@@ -105,7 +105,7 @@ class RequestReader:
     def _template_kwargs(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         of_line = fields.get("chat_template_kwargs")
         check_template_kwargs(of_line)
-        return {**self.chat_template_kwargs, **(of_line or {})}
+        return {**(self.chat_template_kwargs or {}), **(of_line or {})}
 
     def _encode(self, name: str, text: str, template_kwargs: Mapping[str, Any]) -> list[int]:
         assert self.tokenizer is not None

@@ -10,9 +10,12 @@ import pytest
 import transformers.utils.chat_template_utils as rendering
 from chat import FAMILIES, save_tokenizer, template
 
+from nemo_star import LLM, SamplingParams
+from nemo_star.evaluation.needles import make_document, question
 from nemo_star.text import tokenizer as tokenizer_module
 from nemo_star.text.chat import split_messages
 from nemo_star.text.messages import start_of_question
+from nemo_star.text.stream import TextStream
 from nemo_star.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent.parent.parent / "assets" / "demo_model"
@@ -328,3 +331,34 @@ def test_a_long_text_is_tokenized_in_parts_and_cut_in_one_of_them(tmp_path, monk
         assert context[0] == 1
         assert tokenizer.decode(query).strip() == f"{question} [/INST]"
         assert tokenizer.decode(context).strip() == f"[INST] {document}"
+
+
+def test_end_strings_name_special_tokens(tokenizers):
+    tokenizer = tokenizers["llama3"]
+    ids = tokenizer.encode_query("It is. Bye<|eot_id|>Not this")
+    for end, text in [("<|eot_id|>", "It is. Bye"), (" Bye<|eot_id|>", "It is."), ("<|end_header_id|>", None)]:
+        stream = TextStream(tokenizer, (end,))
+        shown = ""
+        for token in ids:
+            shown += stream.push(token)
+            if stream.ended:
+                break
+        assert stream.ended == (text is not None)
+        assert shown + stream.finish() == stream.text == (text or "It is. ByeNot this")
+
+
+def test_the_front_door_takes_messages(demo, tmp_path):
+    folder = shutil.copytree(demo, tmp_path / "checkpoint")
+    source = "{{ bos_token }}{{ greeting }}{{ messages | map(attribute='content') | join('\\n\\n') }}"
+    (folder / "hf" / "chat_template.jinja").write_text(source)
+    document = make_document(random.Random("chat"), filler_sentences=20, needles=2)
+    key, value = next(iter(document.needles.items()))
+    messages = [system(document.text), user(question(key))]
+    with LLM(folder, attention={"block_size": 64}, chat_template_kwargs={"greeting": "Read. "}) as llm:
+        context, query = llm.encode_messages(messages)
+        assert llm.generate(context, [query], SamplingParams(max_tokens=10))[0].text == value
+        whole = llm.tokenizer.hf.apply_chat_template(messages, return_dict=False, greeting="Read. ")
+        assert whole[-len(query) :] == query
+        assert context.tokens == len(whole) - len(query)
+        with pytest.raises(ValueError, match="messages must be a list"):
+            llm.encode_messages([])
