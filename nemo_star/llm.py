@@ -44,6 +44,7 @@ from nemo_star.planning.work import Workload
 from nemo_star.runtime.launch import environment_world_size
 from nemo_star.runtime.memory import FreeMemory, free_memory
 from nemo_star.runtime.watchdog import watchdog_of_this_job
+from nemo_star.text.chat import split_messages
 from nemo_star.text.completion import Completion, Result
 from nemo_star.text.ids import check_ids, check_text
 from nemo_star.text.tokenizer import Tokenizer, end_token_ids
@@ -60,6 +61,7 @@ class LLM:
         dtype: float32, bfloat16 or float16, which the model computes in; None: float32 on CPU, bfloat16 on GPU.
         attention, parallel, cache: a recipe's groups, with its keys; what is left out has the recipes' defaults.
         chat_template: wrap contexts and queries as the tokenizer's chat template says.
+        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
 
     Raises:
         ValueError: on all ranks alike: what does not fit together, by name, before weights are loaded.
@@ -77,11 +79,13 @@ class LLM:
         parallel: Mapping[str, Any] | None = None,
         cache: Mapping[str, Any] | None = None,
         chat_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         values = {
             "checkpoint": str(checkpoint),
             "dtype": dtype,
             "chat_template": chat_template,
+            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
             "attention": attention or {},
             "parallel": parallel or {},
             "cache": cache or {},
@@ -168,6 +172,22 @@ class LLM:
             ids = self._ids([("context", context)])[0]
             self.check(len(ids))
             return self.engine.encode(ids, on_block=on_block)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[EncodedContext, list[int]]:
+        """Encode the context of a conversation; with it the query's token ids, for `generate`.
+
+        Args:
+            messages: {"role", "content"}; `text/chat.py: split_messages` says where the context ends.
+
+        Raises:
+            ValueError: messages that the tokenizer's chat template does not take, or a context as in `encode`.
+        """
+        variables = self.config.chat_template_kwargs
+        with self.watchdog.resumed():
+            context, query = on_first_rank(
+                lambda: split_messages(self.tokenizer, list(messages), template_kwargs=variables)
+            )
+        return self.encode(context), query
 
     def generate(
         self, context: EncodedContext, queries: Text | Sequence[Text], params: SamplingParams | None = None
@@ -257,7 +277,8 @@ class LLM:
             check_text(name, text, self.tokenizer)
             assert self.tokenizer is not None
             encode = self.tokenizer.encode_context if name == "context" else self.tokenizer.encode_query
-            return encode(text, chat_template=self.config.chat_template)
+            config = self.config
+            return encode(text, chat_template=config.chat_template, template_kwargs=config.chat_template_kwargs)
         ids = _plain(text)
         check_ids(name, ids, self.description.model.vocab_size)
         return ids

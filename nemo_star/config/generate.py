@@ -25,7 +25,7 @@ class InferenceConfig:
     seed: int = 1234
     """A request is sampled with seed + its line index, so its answer does not depend on its neighbours."""
     end_strings: tuple[str, ...] = ()
-    """Texts that end an answer and are not part of it."""
+    """Texts that end an answer and are not part of it; a special token's text stands for the token."""
     ignore_eos: bool = False
     """Generate on after the model's end token, up to tokens_to_generate."""
 
@@ -75,7 +75,8 @@ class GenerateConfig(LLMConfig):
     query_file: str | None = None
     """A file with the query instead; - is standard input."""
     input: str | None = None
-    """Many questions instead: a file of JSON lines {"id", "context" | "context_ids", "query" | "query_ids"}."""
+    """Many questions instead: a file of JSON lines {"id", "context" | "context_ids", "query" | "query_ids"}, or {"id",
+    "messages"}, which the tokenizer's chat template makes one text of."""
     output: str | None = None
     """File of JSON lines, one for each line of `input` in the same order; an existing one is refused unless resumed or
     overwritten."""

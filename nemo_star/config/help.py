@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 WIDTH = 110
 _DEFAULTS_COLUMN = 58
-_TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "true|false"}
+_TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "true|false", "object": "{name: value,...}"}
 """JSON schema's names of types -> what a user gives; others as they are."""
 
 

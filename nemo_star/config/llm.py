@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_class
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_NO_VARIABLES = frozenset(
+    "chat_template conversation messages tokenize add_generation_prompt continue_final_message sanitize_control_tokens "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+"""Parameters of transformers' `apply_chat_template` that are not for the template."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class LLMConfig:
     """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
     chat_template: bool = False
     """Wrap context and query in the tokenizer's chat template as one user message (instruct models)."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as {enable_thinking: false}."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -37,4 +46,13 @@ class LLMConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise ValueError("checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import")
+        check_template_kwargs(self.chat_template_kwargs)
         method_class(self.attention.kind)
+
+
+def check_template_kwargs(values: Any) -> None:
+    """Raises ValueError for what are no variables of a chat template; None is none of them."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"chat_template_kwargs={values!r} must be a mapping")
+    if reserved := sorted(set(values or {}) & _NO_VARIABLES):
+        raise ValueError(f"chat_template_kwargs holds {', '.join(reserved)}: it takes variables of the template only")

@@ -43,7 +43,9 @@ class Generation:
         self.llm = llm
         self.console = Console(single=config.input is None)
         self.sink = AnswerSink(config)
-        reader = RequestReader(llm.description.model.vocab_size, llm.tokenizer, config.chat_template)
+        reader = RequestReader(
+            llm.description.model.vocab_size, llm.tokenizer, config.chat_template, config.chat_template_kwargs
+        )
         self.source = RequestSource(config, reader, self._check)
         self._batch: list[Request | BadRequest] = []
         self._dump: LayerDump | None = None

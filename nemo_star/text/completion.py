@@ -12,7 +12,8 @@ from torch import Tensor
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.engine.engine import Step
 from nemo_star.engine.sampling import Sampler
-from nemo_star.text.tokenizer import TextStream, Tokenizer
+from nemo_star.text.stream import TextStream
+from nemo_star.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nemo_star.runtime.importing import no_garbage_collection
+from nemo_star.text.sentencepiece_alone import SentencePieceAlone, read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -43,32 +43,88 @@ class Tokenizer:
         except Exception as error:  # the libraries behind it raise many kinds
             raise ValueError(f"tokenizer files in {directory} cannot be read: {error}") from error
 
-    def encode_context(self, text: str, *, chat_template: bool = False) -> list[int]:
+    def encode_context(
+        self, text: str, *, chat_template: bool = False, template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a context, BOS first.
 
         With `chat_template` context and query make up one user message; everything before the query's text counts as
         context.
 
+        Args:
+            template_kwargs: further variables of the chat template.
+
         Raises:
             ValueError: no chat template to apply.
         """
         if chat_template:
-            return self._ids(self._in_template(text, "")[0])
+            return self._ids(self._in_template(text, "", template_kwargs)[0])
         bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
         return bos + self._ids(text)
 
-    def encode_query(self, text: str, *, chat_template: bool = False) -> list[int]:
+    def encode_query(
+        self, text: str, *, chat_template: bool = False, template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a query, without special tokens but those of the chat template."""
-        return self._ids(self._in_template("", text)[1] if chat_template else text)
+        return self._ids(self._in_template("", text, template_kwargs)[1] if chat_template else text)
+
+    def encode_cut(self, text: str, at: int) -> tuple[list[int], list[int]]:
+        """Token ids of a whole text, without special tokens of its own, in two parts.
+
+        The parts are cut where the last token ends that ends at or before character `at`; tokens of blanks that stand
+        there may be of the first part, too. Where the tokenizer does not say which characters a token is of, the start
+        of the text is tokenized once more, and the cut is where its tokens begin to differ from those of the whole.
+        """
+        slices = self._slices(text)
+        encoded = self.hf(slices, add_special_tokens=False, verbose=False)
+        all_ids: list[list[int]] = encoded["input_ids"]
+        number = start = 0
+        while at - start > len(slices[number]):
+            start += len(slices[number]) + 1  # and the space that was left out
+            number += 1
+        held = _tokens_before(encoded, number, slices[number], at - start)
+        if held is None:
+            before = self._each([slices[number][: at - start]])[0]
+            differ = (i for i, (one, other) in enumerate(zip(before, all_ids[number], strict=False)) if one != other)
+            held = next(differ, min(len(before), len(all_ids[number])))
+        count = sum(map(len, all_ids[:number])) + held
+        ids = list(chain.from_iterable(all_ids))
+        return ids[:count], ids[count:]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, without special ones."""
         return self.hf.decode(list(ids), skip_special_tokens=True)
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Texts of the tokens that `decode` leaves out, by id."""
+        added = getattr(self.hf, "added_tokens_decoder", {})
+        named = {i: self.hf.convert_ids_to_tokens(i) for i in self.hf.all_special_ids}
+        return named | {i: token.content for i, token in added.items() if token.special}
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The text that the chat template makes of messages {"role", "content"}.
+
+        Args:
+            options: of transformers' `apply_chat_template`, and variables of the template.
+
+        Raises:
+            ValueError: no chat template, or what the template itself raises.
+        """
+        if not getattr(self.hf, "chat_template", None):
+            raise ValueError("the checkpoint's tokenizer has no chat template: give context and query as plain text")
+        try:
+            return self.hf.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"the checkpoint's chat template cannot be applied: {error}") from error
+
     def _ids(self, text: str) -> list[int]:
-        """Tokens of a text; of a long one slice by slice, where that gives the same and time grows with the length."""
+        return list(chain.from_iterable(self._each(self._slices(text))))
+
+    def _slices(self, text: str) -> list[str]:
+        """A text, or slices of a long one, where that gives the same tokens in a time that grows with the length."""
         cut = len(text) > _SLICE_CHARACTERS and self._words_stand_alone
-        slices = cut_at_spaces(text, _SLICE_CHARACTERS) if cut else [text]
-        return list(chain.from_iterable(self._each(slices)))
+        return cut_at_spaces(text, _SLICE_CHARACTERS) if cut else [text]
 
     def _each(self, texts: list[str]) -> list[list[int]]:
         return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -91,14 +147,11 @@ class Tokenizer:
         whole, *words = self._each(["an end", "an", "end"])
         return whole == list(chain.from_iterable(words))
 
-    def _in_template(self, context: str, query: str) -> tuple[str, str]:
-        if not getattr(self.hf, "chat_template", None):
-            raise ValueError("chat_template=true, but the checkpoint's tokenizer has no chat template")
+    def _in_template(
+        self, context: str, query: str, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[str, str]:
         message = {"role": "user", "content": f"{_CONTEXT_MARK}\n\n{_QUERY_MARK}"}
-        try:
-            rendered: str = self.hf.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever the template's own code raises
-            raise ValueError(f"the checkpoint's chat template cannot be applied: {error}") from error
+        rendered = self.render([message], add_generation_prompt=True, **(template_kwargs or {}))
         if rendered.count(_CONTEXT_MARK) != 1 or rendered.count(_QUERY_MARK) != 1:
             raise ValueError("the checkpoint's chat template does not give a user's message once and unchanged")
         before, between_and_after = rendered.split(_CONTEXT_MARK)
@@ -111,19 +164,14 @@ def _hf_tokenizer(directory: Path) -> Any:
     with no_garbage_collection():
         from transformers import AutoTokenizer, PretrainedConfig  # only now: importing it takes seconds
 
-    named = _json(directory / "tokenizer_config.json")
+    named = read_json(directory / "tokenizer_config.json")
     options = {}
     if named.get("tokenizer_class") and "auto_map" not in named:
         # The class is named, so the model's type is all that is asked of its configuration. Left to itself,
         # AutoTokenizer imports the configuration's class, and with it torch's compiler: another second.
-        model = _json(directory / "config.json")
+        model = read_json(directory / "config.json")
         options["config"] = PretrainedConfig(**{name: model[name] for name in ("model_type",) if name in model})
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The values of a JSON file; none where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def cut_at_spaces(text: str, characters: int) -> list[str]:
@@ -135,36 +183,16 @@ def cut_at_spaces(text: str, characters: int) -> list[str]:
     return [*slices, text[start:]]
 
 
-class SentencePieceAlone:
-    """A tokenizer.model without a tokenizer.json, in the words of a Hugging Face tokenizer.
-
-    transformers would convert it, and tokenizes the start of a text differently from SentencePiece.
-    """
-
-    chat_template = None
-
-    def __init__(self, file: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._model = SentencePieceProcessor(model_file=str(file))
-        self.bos_token_id, self.eos_token_id = (
-            token if token >= 0 else None for token in (self._model.bos_id(), self._model.eos_id())
-        )
-        self.all_special_ids = [i for i in range(self._model.vocab_size()) if self._model.is_control(i)]
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": self._model.encode(texts)}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {self._model.id_to_piece(i): i for i in range(self._model.vocab_size())}
-
-    @property
-    def merges_pairs(self) -> bool:
-        """Byte pair encoding: its scores are ranks. A unigram model's are logarithms of probabilities."""
-        return all(self._model.get_score(i).is_integer() for i in range(self._model.vocab_size()))
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return self._model.decode([i for i in ids if i not in self.all_special_ids])
+def _tokens_before(encoded: Any, number: int, text: str, at: int) -> int | None:
+    """How many tokens of text `number` of a batch end at or before its character `at`; None where it is not known."""
+    encodings = getattr(encoded, "encodings", None)
+    if encodings is None:
+        return None
+    if at == len(text):
+        return len(encodings[number].ids)
+    # A character that the tokenizer drops, or a space that it does not count as its token's, is of no token.
+    tokens = (encodings[number].char_to_token(character) for character in range(at, min(len(text), at + 32)))
+    return next((token for token in tokens if token is not None), None)
 
 
 def _merges_pairs(tokenizer: Any) -> bool:
@@ -179,65 +207,10 @@ def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int
     """Token ids that end an answer: generation_config.json's, else config.json's, and the tokenizer's."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _json(directory / name).get("eos_token_id")
+        value = read_json(directory / name).get("eos_token_id")
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
             break
     if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
         found.add(tokenizer.hf.eos_token_id)
     return frozenset(found)
-
-
-class TextStream:
-    """Turns tokens into text as they come.
-
-    Text is held back while it may still change: bytes of an unfinished character, and an end that may become one of
-    `end_strings`. An end string ends the answer and is not part of its text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
-        self.end_strings = end_strings
-        self.text = ""
-        self.ended = False
-        self._ids: list[int] = []
-        self._settled = self._read = 0  # ids before _settled are done with; ids before _read are in self.text
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """Add one token; returns the text that can be shown now."""
-        self._ids.append(token)
-        known = self.tokenizer.decode(self._ids[self._settled : self._read])
-        now = self.tokenizer.decode(self._ids[self._settled :])
-        if len(now) > len(known) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._settled, self._read = self._read, len(self._ids)
-            self._add(now[len(known) :])
-        return self._show(len(self.text) if self.ended else len(self.text) - self._possible_end())
-
-    def finish(self) -> str:
-        """The text that was held back, once no more tokens come; `text` is then that of all tokens decoded at once."""
-        if not self.ended:
-            known = self.tokenizer.decode(self._ids[self._settled : self._read])
-            self._add(self.tokenizer.decode(self._ids[self._settled :])[len(known) :])
-        held_back = self._show(len(self.text))
-        if not self.ended:
-            self.text = self.tokenizer.decode(self._ids)  # differs where bytes make no characters
-        return held_back
-
-    def _add(self, text: str) -> None:
-        searched_from = max(0, len(self.text) - max(map(len, self.end_strings), default=0))
-        self.text += text
-        found = [at for end in self.end_strings if (at := self.text.find(end, searched_from)) >= 0]
-        if found:
-            self.text, self.ended = self.text[: min(found)], True
-
-    def _possible_end(self) -> int:
-        """Length of the longest end of the text that is the start of an end string."""
-        return max(
-            (n for end in self.end_strings for n in range(1, len(end)) if self.text.endswith(end[:n])), default=0
-        )
-
-    def _show(self, until: int) -> str:
-        text = self.text[self._shown : until]
-        self._shown = max(self._shown, until)
-        return text

@@ -119,6 +119,39 @@ def test_a_chat_template_wraps_both_texts(demo, tmp_path):
     assert "has no chat template" in refused.stderr
 
 
+def test_messages_of_a_file(demo, tmp_path):
+    """Document and question in one message, and in two; a line that is wrong; the end token as an end string."""
+    chat = shutil.copytree(demo, tmp_path / "chat")
+    template = "{{ bos_token }}{{ greeting }}{{ messages | map(attribute='content') | join('\\n\\n') }}"
+    (chat / "hf" / "chat_template.jinja").write_text(template)
+    (key, value), text = next(iter(DOCUMENTS[0].needles.items())), DOCUMENTS[0].text
+    one = [{"role": "user", "content": f"{text}\n\n{question(key)}"}]
+    two = [{"role": "system", "content": text}, {"role": "user", "content": question(key)}]
+    rows = [{"id": 1, "messages": one}, {"id": 2, "messages": two}, {"id": 3, "messages": one[:0]}]
+    rows.append({"id": 4, "messages": one, "chat_template_kwargs": {"greeting": "Some text. "}})
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    common = [f"checkpoint={chat}", f"input={source}", "inference.tokens_to_generate=12"]
+    runs = {
+        "plain": [],
+        "ended": ["inference.ignore_eos=true", "inference.end_strings=['</s>']"],
+        "greeted": ["chat_template_kwargs={greeting: 'Some text. '}"],
+    }
+    arguments = [[*common, f"output={tmp_path / name}.jsonl", *more] for name, more in runs.items()]
+    assert [result["code"] for result in generate_many(2, arguments, tmp_path)] == [3] * len(runs)
+    found = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in runs}
+    for lines in found.values():
+        assert "messages must be a list of at least one" in lines.pop(2)["error"]
+        for line in lines:
+            assert line["text"] == value
+            assert (line["token_ids"][-1], line["finish_reason"]) == (2, "stop")
+            assert "messages" not in line
+            assert line["query_tokens"] < line["context_tokens"] / 10
+    greeted = len(Tokenizer.load(chat / "hf").encode_query("Some text."))
+    plain, asked = ([line["context_tokens"] for line in found[name]] for name in ("plain", "greeted"))
+    assert plain[2] == plain[0] + greeted
+    assert asked == [plain[0] + greeted, plain[1] + greeted, plain[2]]
+
+
 def test_needle_questions_are_made_to_length_and_scored(tmp_path):
     tool = ROOT / "tools" / "needles.py"
     made = run_tool(

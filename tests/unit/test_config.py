@@ -134,3 +134,14 @@ def test_default_sizes(config, context_tokens, sizes):
 def test_an_anchor_larger_than_the_default_block_names_both():
     with pytest.raises(ValueError, match=r"anchor_size=30 is larger than the block size 25"):
         method_of(AttentionConfig(anchor_size=30)).sizes(100)
+
+
+def test_variables_of_a_chat_template():
+    config = parse(GenerateConfig, {**QUESTION, "chat_template_kwargs": {"enable_thinking": False, "n": [1, "a"]}})
+    assert config.chat_template_kwargs == {"enable_thinking": False, "n": [1, "a"]}
+    for values, message in [
+        ({"tokenize": True, "chat_template": "x"}, "chat_template_kwargs holds chat_template, tokenize: it takes"),
+        ("x", "chat_template_kwargs='x' must be a mapping"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse(GenerateConfig, {**QUESTION, "chat_template_kwargs": values})

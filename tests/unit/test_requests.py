@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from chat import save_tokenizer
 
 from nemo_star.serving.files import InputFile, OutputFile, Resumed, read_resumed
 from nemo_star.serving.requests import BadRequest, Request, RequestReader
+from nemo_star.text.tokenizer import Tokenizer
 
 READER = RequestReader(vocab_size=100, tokenizer=None)
 
@@ -52,6 +54,66 @@ def test_a_bad_line_says_why_and_keeps_its_fields(fields, message):
     assert isinstance(bad, BadRequest)
     assert message in bad.error
     assert (bad.id, bad.index, bad.extra) == ("a", 4, {"note": 1})
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory):
+    return Tokenizer.load(save_tokenizer(tmp_path_factory.mktemp("chatml"), "chatml"))
+
+
+MESSAGES = [{"role": "user", "content": "A long text.\n\nWhat is it?"}]
+
+
+def chat_line(tokenizer, config=None, *, chat_template=False, vocab_size=500, **fields):
+    """(request or what is wrong, the query's text) of a line with further fields."""
+    reader = RequestReader(vocab_size, tokenizer, chat_template, config or {})
+    found = reader.parse_line(json.dumps({"id": "a", "note": 1, **fields}).encode(), 0)
+    return found, tokenizer.hf.decode(found.query_ids) if isinstance(found, Request) else found.error
+
+
+def test_messages(chat_tokenizer):
+    request, query = chat_line(chat_tokenizer, messages=MESSAGES)
+    whole = chat_tokenizer.hf.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert request.context_ids + request.query_ids == whole
+    assert query == "What is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert request.extra == {"note": 1}
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    assert chat_line(chat_tokenizer, messages=begun, continue_final_message=True)[1].endswith("assistant\nIt is")
+
+
+def test_variables_of_the_chat_template_come_from_the_recipe_and_the_line(chat_tokenizer):
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    assert "<think>" in chat_line(chat_tokenizer, off, messages=MESSAGES)[1]
+    assert "<think>" in chat_line(chat_tokenizer, on, messages=MESSAGES, chat_template_kwargs=off)[1]
+    assert "<think>" not in chat_line(chat_tokenizer, off, messages=MESSAGES, chat_template_kwargs=on)[1]
+    texts = {"context": "A long text.", "query": "What?"}
+    assert "<think>" in chat_line(chat_tokenizer, off, chat_template=True, **texts)[1]
+    assert "<think>" in chat_line(chat_tokenizer, chat_template=True, chat_template_kwargs=off, **texts)[1]
+    assert "needs messages, or chat_template=true" in chat_line(chat_tokenizer, chat_template_kwargs=off, **texts)[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": MESSAGES, "context": "a", "query": "b"}, "messages goes without context, query"),
+        ({"messages": MESSAGES, "query_ids": [1]}, "messages goes without query_ids"),
+        ({"messages": []}, "messages must be a list of at least one"),
+        ({"messages": MESSAGES, "chat_template_kwargs": 5}, "chat_template_kwargs=5 must be a mapping"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"padding": 1}}, "chat_template_kwargs holds padding"),
+        ({"messages": MESSAGES, "continue_final_message": 1}, "continue_final_message=1 must be true or false"),
+        ({"messages": MESSAGES, "vocab_size": 50}, "outside the vocabulary of 50 tokens"),
+        ({"context": "a", "query": "b", "continue_final_message": True}, "continue_final_message needs messages"),
+        ({"messages": None}, "give either context (text) or context_ids (token ids), or messages"),
+    ],
+)
+def test_bad_lines_with_messages(chat_tokenizer, fields, message):
+    bad, error = chat_line(chat_tokenizer, **fields)
+    assert message in error
+    assert (bad.id, bad.extra) == ("a", {"note": 1})
+
+
+def test_messages_need_a_tokenizer():
+    assert "the checkpoint has no tokenizer" in parse(messages=MESSAGES).error
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"\n", b"\xff\xfe", b"[" * 100000])

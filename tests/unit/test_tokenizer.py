@@ -9,60 +9,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AddedToken, AutoTokenizer
 
 from nemo_star.text import tokenizer as tokenizer_module
-from nemo_star.text.tokenizer import SentencePieceAlone, TextStream, Tokenizer, cut_at_spaces, end_token_ids
+from nemo_star.text.sentencepiece_alone import SentencePieceAlone
+from nemo_star.text.tokenizer import Tokenizer, cut_at_spaces, end_token_ids
 
 DEMO = Path(__file__).parent.parent.parent / "assets" / "demo_model"
-
-
-class Bytes:
-    """A tokenizer of bytes: token = byte."""
-
-    def decode(self, ids):
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-def stream(text, end_strings=()):
-    """(pieces shown while tokens come, piece shown at the end, stream)."""
-    stream = TextStream(Bytes(), end_strings)
-    pieces = []
-    for byte in text.encode():
-        pieces.append(stream.push(byte))
-        if stream.ended:
-            break
-    return pieces, stream.finish(), stream
-
-
-def test_pieces_add_up_to_the_text():
-    pieces, last, result = stream("plain text")
-    assert "".join(pieces) + last == result.text == "plain text"
-    assert pieces[0] == "p"
-
-
-def test_an_unfinished_character_is_held_back():
-    pieces, last, result = stream("aé€")
-    assert pieces == ["a", "", "é", "", "", "€"]
-    cut = TextStream(Bytes())
-    assert [cut.push(byte) for byte in "é".encode()[:1]] == [""]
-    assert cut.finish() == "\N{REPLACEMENT CHARACTER}"
-
-
-def test_an_end_string_ends_and_is_not_shown():
-    pieces, last, result = stream("one STOP two", ("STOP",))
-    assert result.ended
-    assert "".join(pieces) + last == result.text == "one "
-
-
-def test_the_start_of_an_end_string_is_held_back_and_given_when_it_was_none():
-    pieces, last, result = stream("a STOx", ("STOP",))
-    assert pieces == ["a", " ", "", "", "", "STOx"]
-    pieces, last, result = stream("a ST", ("STOP",))
-    assert "".join(pieces) == "a "
-    assert last == "ST"
-    assert not result.ended
-
-
-def test_the_earliest_end_string_counts():
-    assert stream("a.b!c", ("!", ".b!"))[2].text == "a"
 
 
 class Hugging:
@@ -76,9 +26,9 @@ class Hugging:
         assert not add_special_tokens
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, think=""):
         assert add_generation_prompt
-        return f"<user>{messages[0]['content'].strip()}</user><assistant>"
+        return f"<user>{messages[0]['content'].strip()}</user><assistant>{think}"
 
 
 def test_bos_stands_before_the_context_only():
@@ -100,6 +50,13 @@ def test_chat_template_is_cut_before_the_query():
     query = Tokenizer(hugging).encode_query("what?", chat_template=True)
     assert "".join(map(chr, context)) == "<user>long text \n\n"
     assert "".join(map(chr, query)) == "what?</user><assistant>"
+
+
+def test_variables_reach_the_chat_template():
+    hugging = Hugging()
+    hugging.chat_template = "yes"
+    query = Tokenizer(hugging).encode_query("what?", chat_template=True, template_kwargs={"think": "<no>"})
+    assert "".join(map(chr, query)) == "what?</user><assistant><no>"
 
 
 def test_no_chat_template_is_refused():
