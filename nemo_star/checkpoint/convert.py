@@ -22,7 +22,8 @@ from nemo_star.checkpoint.description import (
     read_description,
     write_description,
 )
-from nemo_star.checkpoint.hf import HFReader, copy_companions, write_safetensors
+from nemo_star.checkpoint.hf import HFReader, copy_companions, write_config, write_safetensors
+from nemo_star.checkpoint.language_part import LanguagePart, Source, language_part
 from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_checkpoint
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families import families
@@ -41,7 +42,8 @@ def import_checkpoint(source: Path, target: Path, dtype: torch.dtype | None = No
     Raises:
         ValueError: another architecture, missing, truncated, unknown or ill-shaped tensors; before anything is written.
     """
-    with HFReader(source) as reader:
+    with HFReader(source) as whole:
+        reader = language_part(whole)
         family = families().get(reader.architecture)
         if family is None:
             raise ValueError(
@@ -64,12 +66,14 @@ def export_checkpoint(source: Path, target: Path) -> CheckpointDescription:
 
 
 def _write(
-    reader: HFReader, model: ModelConfig, chunks: list[Chunk], working: Path, *, changed: bool
+    reader: Source, model: ModelConfig, chunks: list[Chunk], working: Path, *, changed: bool
 ) -> CheckpointDescription:
     """Fill the directory of a converted checkpoint; `changed` says that the source stores another type."""
     with tqdm(total=len(chunks), desc="import", unit="tensor") as bar:
         write_dist_checkpoint(working / WEIGHTS_FOLDER, chunks, on_written=lambda _: bar.update())
     copy_companions(reader.directory, working / HF_FOLDER)
+    if isinstance(reader, LanguagePart):
+        write_config(working / HF_FOLDER, reader.values)
     dtypes = [chunk.dtype for chunk in chunks]
     stored = _name(max(dtypes, key=dtypes.count))
     if changed:
@@ -86,7 +90,7 @@ def _write(
     return description
 
 
-def _chunks(reader: HFReader, model: ModelConfig, family: Family, dtype: torch.dtype | None) -> Iterator[Chunk]:
+def _chunks(reader: Source, model: ModelConfig, family: Family, dtype: torch.dtype | None) -> Iterator[Chunk]:
     """Every tensor of the mapping table as chunks of the dist_checkpoint, shapes checked from the headers."""
     known = set()
     for weight in family.weights(model):
@@ -112,12 +116,12 @@ def _chunks(reader: HFReader, model: ModelConfig, family: Family, dtype: torch.d
         )
 
 
-def _make(reader: HFReader, names: list[str], weight: Weight, model: ModelConfig, dtype: torch.dtype | None) -> Tensor:
+def _make(reader: Source, names: list[str], weight: Weight, model: ModelConfig, dtype: torch.dtype | None) -> Tensor:
     joined = weight.join([reader.get(name) for name in names], model)
     return joined if dtype is None else joined.to(dtype)
 
 
-def _check_tensors(reader: HFReader, names: list[str], shapes: tuple[tuple[int, ...], ...]) -> torch.dtype:
+def _check_tensors(reader: Source, names: list[str], shapes: tuple[tuple[int, ...], ...]) -> torch.dtype:
     """The common type of the named tensors; a ValueError where one is missing or has another shape or type."""
     present = set(reader.names())
     dtypes = {}
@@ -152,7 +156,7 @@ def _set_config_dtype(file: Path, dtype: str) -> None:
     """A conversion that changes the type says so in config.json (transformers 4: torch_dtype, 5: dtype)."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_config(file.parent, values)
 
 
 @contextmanager

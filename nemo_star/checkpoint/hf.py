@@ -127,6 +127,11 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def write_config(directory: Path, values: dict[str, Any]) -> None:
+    """config.json of a Hugging Face checkpoint."""
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def write_safetensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> None:
     """Write a stream of tensors as one file, or as numbered shards with an index; memory holds one shard."""
     shards: list[list[str]] = []

@@ -62,6 +62,31 @@ def values_of(family, **changed):
     return {**config, "sliding_window": None, **changed}
 
 
+def test_the_language_model_of_one_that_sees(tmp_path):
+    from transformers import (
+        Ministral3ForCausalLM,
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralVisionConfig,
+    )
+
+    alone = save_model(tmp_path / "alone", "ministral3")
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = Mistral3Config(vision_config=vision, text_config=alone.config, tie_word_embeddings=False)
+    whole = Mistral3ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(alone.model.state_dict())
+    whole.lm_head.load_state_dict(alone.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "hf")
+    description = import_checkpoint(tmp_path / "hf", tmp_path / "converted")
+    assert description.architecture == "Ministral3ForCausalLM"
+    export_checkpoint(tmp_path / "converted", tmp_path / "back")
+    loaded = Ministral3ForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in alone.state_dict().items())
+    assert loaded.keys() == alone.state_dict().keys()
+
+
 REFUSED = {
     "windows of Mistral 0.1": ("Mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
     "windows of Qwen": ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
