@@ -1,6 +1,6 @@
 """The language model inside a checkpoint that also sees: Mistral Small 3.1 and later and Ministral 3 come as one.
 
-Its tensors are read under the names that they have in a checkpoint of the language model alone; those that see stay behind.
+Its tensors are read under the names that they have in a checkpoint of the language model alone; the others stay behind.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class LanguagePart:
         return self._whole.file_of(self._names[name])
 
 
-def language_part(reader: HFReader) -> HFReader | LanguagePart:
+Source = HFReader | LanguagePart
+
+
+def language_part(reader: HFReader) -> Source:
     """The language model of a checkpoint that is known to have one inside; any other checkpoint as it is."""
     text = reader.values.get("text_config")
     known = _ARCHITECTURES.get(reader.architecture, {})
