@@ -123,7 +123,8 @@ class LLM:
         """All of it but the weights."""
         self.description = on_first_rank(lambda: read_description(folder))
         check_layout(self.description.model, self.groups.layout, self.method)
-        check_experts(self.description.model, self.groups.layout)
+        divides_sequence = self.config.parallel.sequence_parallel
+        check_experts(self.description.model, self.groups.layout, sequence_parallel=divides_sequence)
         work = Workload(
             self.description.model,
             self.groups.layout,
@@ -247,6 +248,14 @@ class LLM:
                 f"context, query and answer take up to {last} positions; from position {exact} on this model attends "
                 "in a way that is not implemented (dual chunk attention, or dynamic rope scaling): shorten them"
             )
+        rope = model.rope_scaling
+        if rope is not None and rope.rope_type == "longrope":
+            short = rope.original_max_position_embeddings
+            if context_tokens <= short < last:
+                warnings.append(
+                    f"the context's {context_tokens} tokens take longrope's factors for up to {short} positions, query "
+                    f"and answer go on to {last} with them: answers may be poor"
+                )
         if trained is not None and last > trained:
             warnings.append(
                 f"context, query and answer take up to {last} positions, the model was trained for {trained}: "

@@ -145,7 +145,7 @@ def build_contenders(
         place = shared if method.shares_context else (ALONE, alone)
         layout = place[0]
         check_layout(model, layout, method)
-        check_experts(model, layout)
+        check_experts(model, layout, sequence_parallel=config.parallel.sequence_parallel)
         decode = candidate.decode or config.parallel.decode
         sliced = sliced_matrices(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
         engine = None

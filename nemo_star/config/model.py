@@ -182,6 +182,13 @@ class ModelConfig:
         }
 
     @property
+    def ffn_channels(self) -> int:
+        """Channels inside the FFN, or the experts, that a token goes through."""
+        if self.moe is None:
+            return self.ffn_hidden_size
+        return self.moe.experts_per_token * self.moe.ffn_hidden_size + self.moe.shared_ffn_hidden_size
+
+    @property
     def layers_differ(self) -> bool:
         """Whether layers have different weights: some experts, others not."""
         return self.moe is not None and bool(self.moe.dense_layers)

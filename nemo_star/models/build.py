@@ -79,7 +79,8 @@ def transformer_config(
         add_qkv_bias=model.add_qkv_bias,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=implementation == "transformer_engine",  # its kernel takes [s, 1, 1, dim] angles as given
+        # Its kernel takes [s, 1, 1, dim] angles as given; rotating neighbours is not in all of its releases.
+        apply_rope_fusion=implementation == "transformer_engine" and not model.rotary_interleaved,
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -56,8 +56,8 @@ class ExpertLayout:
         return self.layout.cp if self.ep % self.layout.cp == 0 else 1
 
 
-def check_experts(model: ModelConfig, layout: Layout) -> None:
-    """Refuse an expert parallelism that the model or the ranks do not divide by.
+def check_experts(model: ModelConfig, layout: Layout, *, sequence_parallel: bool = False) -> None:
+    """Refuse an expert parallelism that the model or the ranks do not divide by, and what does not go with experts.
 
     Raises:
         ValueError: names the numbers.
@@ -67,6 +67,11 @@ def check_experts(model: ModelConfig, layout: Layout) -> None:
         if layout.ep > 1:
             raise ValueError(f"{name}: this model has no experts")
         return
+    if sequence_parallel:
+        raise ValueError(
+            "parallel.sequence_parallel=true is not supported for a mixture of experts, which needs the same tokens on "
+            "all tensor-parallel ranks: leave it false"
+        )
     if moe.num_experts % layout.ep:
         raise ValueError(f"{name} does not divide the model's {moe.num_experts} experts")
     over_cp = layout.cp if layout.ep % layout.cp == 0 else 1

@@ -104,16 +104,10 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size
     attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
-    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * _ffn_width(work.model) // work.layout.tp) * size
+    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_channels // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
     layers = stage_layers(work.model.num_layers, work.layout.pp, 0)
     return max(attention, ffn, head) + int(work.method.kept_bytes(rank.share, heads, size, layers=layers))
-
-
-def _ffn_width(model: ModelConfig) -> int:
-    """Channels inside the FFN, or the experts, that a token goes through."""
-    moe = model.moe
-    return model.ffn_hidden_size if moe is None else moe.experts_per_token * moe.ffn_hidden_size
 
 
 def _distinct_stages(work: Workload) -> Sequence[int]:

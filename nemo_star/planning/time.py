@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
 from nemo_star.methods.partition import Block
 from nemo_star.parallel.decode_slices import weight_elements_read
+from nemo_star.parallel.experts import ExpertLayout
 from nemo_star.planning.memory import kv_bytes, stage_layers
 from nemo_star.planning.work import RankWork, Workload, rank_work
 
@@ -88,7 +89,7 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> La
         name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in model.layer_matrices.items()
     }
     attention = clock.attention_seconds(work, model.pair_flops * work.method.rank_pairs(block, rank.share) / tp)
-    gate = GATE_PASSES * model.ffn_hidden_size / tp
+    gate = GATE_PASSES * model.ffn_channels / tp
     other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (work.heads.query + work.heads.kv)
     gate_seconds, other_seconds = (
         clock.memory_seconds(work, passes * tokens * work.dtype_bytes) for passes in (gate, other)
@@ -145,9 +146,15 @@ def decode_seconds(work: Workload, clock: Clock) -> float:
 
 
 def _tensor_parallel(work: Workload, clock: Clock, tokens: int) -> float:
-    """The two all-reduces of a layer, which nothing hides."""
-    size = tokens * work.model.hidden_size * work.dtype_bytes
-    return 2 * clock.all_reduce(size, work.layout.tp, work.layout.tp)
+    """The two all-reduces of a layer, which nothing hides; experts divided over cp ranks get the tokens of all of them,
+    and sum in float32."""
+    layout, elements = work.layout, tokens * work.model.hidden_size
+    once = clock.all_reduce(elements * work.dtype_bytes, layout.tp, layout.tp)
+    if work.model.moe is None or not ExpertLayout(layout).over_cp:
+        return 2 * once
+    ranks = layout.tp * layout.cp
+    gathered = clock.exchange(elements * (layout.cp - 1) * work.dtype_bytes, layout.cp, ranks)
+    return once + gathered + clock.all_reduce(elements * layout.cp * 4, ranks, ranks)
 
 
 def _context_parallel(

@@ -152,6 +152,21 @@ def test_experts_that_ranks_cannot_divide_are_refused(layout, message):
         check_experts(model, layout)
 
 
+def test_experts_do_not_go_with_a_divided_sequence():
+    model = families()["MixtralForCausalLM"].model_config(values_of("Mixtral", num_key_value_heads=4))
+    with pytest.raises(ValueError, match="sequence_parallel=true is not supported for a mixture of experts"):
+        check_experts(model, Layout(2, 1, 1, 1), sequence_parallel=True)
+
+
+def test_answers_past_the_original_length_are_warned_of(tmp_path):
+    save_model(tmp_path / "hf", "phi3-short")
+    import_checkpoint(tmp_path / "hf", tmp_path / "converted")
+    llm = LLM(tmp_path / "converted")
+    assert llm.check(150, 50) == []
+    assert "take longrope's factors for up to 200 positions" in llm.check(150, 51)[0]
+    assert llm.check(201, 30) == []
+
+
 def test_positions_that_compute_otherwise_are_refused(tmp_path):
     save_model(tmp_path / "hf", "qwen2")
     file = tmp_path / "hf" / "config.json"

@@ -33,9 +33,11 @@ _NO_MATHEMATICS = frozenset(
     "hidden_dropout auto_map pretraining_tp return_dict output_attentions output_hidden_states id2label label2id "
     "problem_type chunk_size_feed_forward is_encoder_decoder is_decoder torchscript use_bfloat16 tokenizer_class "
     "finetuning_task task_specific_params attn_implementation rope_theta partial_rotary_factor "
-    "original_max_position_embeddings quantization_config".split()
+    "original_max_position_embeddings quantization_config max_length min_length do_sample temperature top_k top_p "
+    "num_beams repetition_penalty max_sequence_length unsloth_fixed unsloth_version".split()
 )
-"""Keys of config.json that change nothing in inference, or are read with others (rotary), or before (quantization)."""
+"""Keys of config.json that change nothing in what a model computes (some are for sampling or training), or are read
+with others (rotary), or before (quantization)."""
 
 
 def no_further(values: Values) -> dict[str, Any]:
