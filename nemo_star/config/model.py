@@ -131,6 +131,14 @@ class ModelConfig:
     """How queries are scaled by position; None: not at all."""
     embedding_scale: float = 1.0
     """What embeddings are multiplied by."""
+    window_size: int | None = None
+    """Tokens that a token of a windowed layer sees: itself and those right before it; None: no layer is windowed."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that are windowed."""
+    windowed_rotary_base: float | None = None
+    """Base of the rotary frequencies of windowed layers, which are not stretched; None: as those of the others."""
+    attention_sinks: bool = False
+    """Whether each head has a sink: a learned score that takes part in the softmax and adds nothing to the result."""
     moe: MoEConfig | None = None
     """Mixture of experts; None: every layer has one FFN."""
     max_exact_positions: int | None = None
@@ -151,11 +159,19 @@ class ModelConfig:
             raise ValueError(
                 f"moe.experts_per_token {self.moe.experts_per_token} of moe.num_experts {self.moe.num_experts}"
             )
+        if bool(self.windowed_layers) != (self.window_size is not None):
+            raise ValueError(f"window_size {self.window_size} and windowed_layers {self.windowed_layers} go together")
+        if self.windowed_layers and not set(self.windowed_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"windowed_layers {self.windowed_layers} of a model with {self.num_layers} layers")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_query_groups {self.num_query_groups}"
             )
+
+    def window_of(self, layer: int) -> int | None:
+        """Window of a layer, counted from 0; None: it sees everything."""
+        return self.window_size if layer in self.windowed_layers else None
 
     @property
     def rotary_channels(self) -> int:
