@@ -26,19 +26,22 @@ class Linear(_Base):
         self, in_features, out_features, *, parallel_mode, tp_group, tp_size, sequence_parallel, params_dtype, device,
         bias, return_bias, **_,
     ):  # fmt: skip
-        assert not bias
-        assert not return_bias
         self.mode, self.group, self.sequence_parallel = parallel_mode, tp_group, sequence_parallel
         self.in_features, self.out_features, self.use_bias, self.tp_size = in_features, out_features, bias, tp_size
+        self.return_bias = return_bias
         rows, columns = (1, tp_size) if parallel_mode == "row" else (tp_size, 1)
         shape = (out_features // rows, in_features // columns)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        empty = self.weight.new_empty(0)  # what Transformer Engine leaves where there is no bias
+        self.bias = torch.nn.Parameter(self.weight.new_empty(shape[0])) if bias else empty
 
     def forward(self, x, is_first_microbatch=None):
         out = F.linear(x, self.weight)
         if self.mode == "row" and self.tp_size > 1:
             dist.all_reduce(out, group=self.group)
-        return out
+        if self.return_bias:
+            return out, self.bias
+        return out + self.bias if self.use_bias else out
 
 
 class LayerNormLinear(Linear):
