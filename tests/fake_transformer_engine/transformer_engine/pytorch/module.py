@@ -45,14 +45,14 @@ class Linear(_Base):
 
 
 class LayerNormLinear(Linear):
-    def build(self, in_features, out_features, *, eps, normalization, **keywords):
+    def build(self, in_features, out_features, *, eps, normalization, zero_centered_gamma=False, **keywords):
         super().build(in_features, out_features, **keywords)
         assert normalization == "RMSNorm"
-        self.eps = eps
+        self.eps, self.zero_centered = eps, zero_centered_gamma
         self.layer_norm_weight = torch.nn.Parameter(self.weight.new_empty(in_features))
 
     def forward(self, x, is_first_microbatch=None):
-        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
+        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight + self.zero_centered, self.eps))
 
 
 class RMSNorm(_Base):
@@ -62,12 +62,11 @@ class RMSNorm(_Base):
     ):  # fmt: skip
         """Megatron 0.16 names the size `hidden_size`, Megatron 0.19 `normalized_shape`; exactly one is given."""
         (size,) = (size for size in (normalized_shape, hidden_size) if size is not None)
-        assert not zero_centered_gamma
-        self.eps, self.sequence_parallel = eps, sequence_parallel
+        self.eps, self.sequence_parallel, self.zero_centered = eps, sequence_parallel, zero_centered_gamma
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=params_dtype, device=device))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight + self.zero_centered, self.eps)
 
 
 class LayerNorm(RMSNorm):
