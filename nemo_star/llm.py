@@ -122,6 +122,7 @@ class LLM:
     def _read_checkpoint(self, folder: Path, free: FreeMemory) -> None:
         """All of it but the weights."""
         self.description = on_first_rank(lambda: read_description(folder))
+        self.method = method_of(self.config.attention, windows=self.description.model.needs_windows)
         check_layout(self.description.model, self.groups.layout, self.method)
         divides_sequence = self.config.parallel.sequence_parallel
         check_experts(self.description.model, self.groups.layout, sequence_parallel=divides_sequence)

@@ -25,10 +25,19 @@ class SharedAnchor:
         tokens: anchor size A.
         layer_numbers: this pipeline stage's layers, in order.
         blocks_left: blocks that will still ask for the anchor on this rank; then a layer's K/V are freed.
+        ahead: receives are put under way before they are asked for. Not where ranks exchange other things over this
+            group between two layers: NCCL carries out a group's exchanges in the order in which each rank asks.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, shape: KVShape, *, tokens: int, layer_numbers: Sequence[int], blocks_left: int
+        self,
+        group: dist.ProcessGroup,
+        shape: KVShape,
+        *,
+        tokens: int,
+        layer_numbers: Sequence[int],
+        blocks_left: int,
+        ahead: bool = True,
     ) -> None:
         self.tokens = tokens
         self.waited_seconds = 0.0
@@ -38,8 +47,10 @@ class SharedAnchor:
         self._uses = dict.fromkeys(layer_numbers, blocks_left)
         self._kv: dict[int, Tensor] = {}
         self._works: dict[int, dist.Work] = {}
-        if group.rank() > 0:
-            self._expect(0)
+        self._ahead = ahead
+        self._expected = 0
+        if group.rank() > 0 and ahead:
+            self._expect()
 
     def give(self, layer_number: int, k: Tensor, v: Tensor) -> None:
         """On cp rank 0, in block 0: start handing out the first A tokens of k, v [sk, b, ng, hn]."""
@@ -75,21 +86,25 @@ class SharedAnchor:
 
     def _arrived(self, layer_number: int) -> None:
         """Wait for a layer's broadcast; on a receiver, put the next layer's under way."""
+        receives = self._group.rank() > 0
+        if receives and self._layers[self._expected : self._expected + 1] == [layer_number]:
+            self._expect()
         work = self._works.pop(layer_number, None)
         if work is None:
             return
         started = time.perf_counter()
         work.wait()
         self.waited_seconds += time.perf_counter() - started
-        if self._group.rank() > 0:
-            self._expect(self._layers.index(layer_number) + 1)
+        if receives and self._ahead:
+            self._expect()
 
-    def _expect(self, index: int) -> None:
-        """Start the receive of the layer at `index` in this stage."""
-        if index < len(self._layers):
+    def _expect(self) -> None:
+        """Start the receive of the next layer, if there is one."""
+        if self._expected < len(self._layers):
             shape = self._shape
             size = (2, self.tokens, shape.batch, shape.groups, shape.channels)
-            layer_number = self._layers[index]
+            layer_number = self._layers[self._expected]
+            self._expected += 1
             self._kv[layer_number] = torch.empty(size, dtype=shape.dtype, device=shape.device)
             self._works[layer_number] = dist.broadcast(
                 self._kv[layer_number], group=self._group, group_src=0, async_op=True

@@ -31,6 +31,8 @@ class _Layer:
     k: Tensor
     v: Tensor
     tokens: int = 0
+    given: int = 0
+    """Tokens that were appended, or left out because nobody will look at them."""
 
 
 class KVCache:
@@ -48,13 +50,13 @@ class KVCache:
 
     @property
     def tokens(self) -> int:
-        """Tokens cached in every layer (between steps all layers hold the same number)."""
-        return max((layer.tokens for layer in self._layers.values()), default=0)
+        """Tokens cached (between steps all layers have come as far; windowed ones hold the last of them only)."""
+        return max((layer.given for layer in self._layers.values()), default=0)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers of this rank; 0 while nothing is allocated."""
-        return sum(2 * layer.k[0].nbytes for layer in self._layers.values() if layer.k.shape[0])
+    def nbytes(self) -> int:
+        """Bytes of the tokens that all layers hold."""
+        return sum(layer.tokens * 2 * layer.k[0].nbytes for layer in self._layers.values() if layer.tokens)
 
     def reserve(self, layer_numbers: Iterable[int], shape: KVShape) -> None:
         """Allocate these layers now. Taken one by one during prefill, they would come to lie between buffers that are
@@ -64,18 +66,20 @@ class KVCache:
             if number not in self._layers:
                 self._layers[number] = self._grown(None, like, 0, self._capacity)
 
-    def append(self, layer_number: int, k: Tensor, v: Tensor) -> None:
-        """Copy k, v [tokens, b, ng, hn] behind what the layer holds."""
+    def append(self, layer_number: int, k: Tensor, v: Tensor, *, of: int | None = None) -> None:
+        """Copy k, v [tokens, b, ng, hn] behind what the layer holds; the last ones of `of` tokens, where a windowed
+        layer leaves out what nobody will look at."""
         layer = self._layers.get(layer_number)
         start = layer.tokens if layer else 0
         stop = start + k.shape[0]
         if layer is None or stop > layer.k.shape[0]:
             # Past the plan it grows by an eighth, so that appending stays cheap.
-            capacity = max(stop, self._capacity) if start == 0 else stop + stop // 8
+            capacity = max(stop, self._capacity if of is None else 0) if start == 0 else stop + stop // 8
             layer = self._layers[layer_number] = self._grown(layer, k, start, capacity)
         layer.k[start:stop].copy_(k)
         layer.v[start:stop].copy_(v)
         layer.tokens = stop
+        layer.given += k.shape[0] if of is None else of
 
     def get(self, layer_number: int) -> tuple[Tensor, Tensor] | None:
         """Views (k, v), each [tokens, b, ng, hn], of what the layer holds; None where it holds nothing."""
@@ -87,10 +91,11 @@ class KVCache:
     def truncate(self, tokens: int) -> None:
         """Roll back to the first `tokens` tokens of every layer."""
         for layer in self._layers.values():
-            layer.tokens = min(layer.tokens, tokens)
+            layer.tokens = layer.given = min(layer.tokens, tokens)
 
     def _grown(self, layer: _Layer | None, like: Tensor, kept: int, capacity: int) -> _Layer:
-        grown = _Layer(self._buffer(like, capacity), self._buffer(like, capacity), kept)
+        given = layer.given if layer is not None else 0
+        grown = _Layer(self._buffer(like, capacity), self._buffer(like, capacity), kept, given)
         if layer is not None and kept:
             grown.k[:kept].copy_(layer.k[:kept])
             grown.v[:kept].copy_(layer.v[:kept])

@@ -2,6 +2,10 @@
 
 A method is a `CoreAttention` with its own `prefill`. Decode is the same for all, because all leave the context's K/V
 sharded over the cp ranks: every rank attends to the keys it holds, the results are merged by log-sum-exp.
+
+A windowed layer (`TransformerConfig.window_size`) is a window under every method: a token sees itself and the
+`window - 1` before it, on whatever ranks these are. Of the context it caches what a query can see: the last
+`window - 1` tokens. A sink (`softmax_type`) enters each softmax once, when all of it is merged.
 """
 
 from __future__ import annotations
@@ -13,13 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_star.attention.cache import KVCache, KVShape
 from nemo_star.attention.merge import merge_over_group
-from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep
+from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
+from nemo_star.kernels.math import attend_at
+from nemo_star.kernels.merge import with_sinks
 from nemo_star.methods.method import Method
-from nemo_star.methods.partition import Partition
+from nemo_star.methods.partition import Partition, Span, clipped, length
 
 Partial = tuple[Tensor, Tensor]
 """out [sq, b, np, hn] and lse [sq, b, np], float32: attention over some of the keys."""
@@ -39,18 +46,24 @@ class CoreAttention(nn.Module):
         *,
         state: AttentionState,
         softmax_scale: float | None = None,
-        **_: Any,  # attn_mask_type, attention_type, cp_comm_type, pg_collection: they differ between Megatron releases
+        pg_collection: Any = None,
+        **_: Any,  # attn_mask_type, attention_type, cp_comm_type: they differ between Megatron releases
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
         self.state = state
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.window = window_of(config, layer_number)
+        self.groups = pg_collection
+        self.softmax_offset: Tensor | None  # sinks [np], named as Megatron's core attention has them
+        self._make_sinks(config)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, **_: Any) -> Tensor:
         step = self.state.step
         assert step is not None, "the engine sets the step before each forward pass"
-        if self.state.query_scale is not None:
-            q = q * self.state.query_scale.to(q.dtype)
+        scale = self.state.query_scale if self.window is None else self.state.windowed_query_scale
+        if scale is not None:
+            q = q * scale.to(q.dtype)
         out = self.prefill(q, k, v, step) if isinstance(step, PrefillStep) else self.decode(q, k, v, step)
         return out.flatten(start_dim=2)
 
@@ -68,7 +81,7 @@ class CoreAttention(nn.Module):
 
         Args:
             shape: of a layer's K on this rank.
-            layer_numbers: of this pipeline stage.
+            layer_numbers: of this pipeline stage, those that are not windowed.
         """
         return None
 
@@ -76,9 +89,44 @@ class CoreAttention(nn.Module):
         """Attend within the context; cache K/V of the block's own tokens. Returns [sq, b, np, hn]."""
         raise NotImplementedError
 
-    def accompany(self, step: PrefillStep) -> None:
+    def keep(self, k: Tensor, v: Tensor, step: PrefillStep) -> None:
+        """Cache the K/V [tokens, b, ng, hn] of the block's own tokens: those that queries will look at."""
+        if self.window is None:
+            step.cache.append(self.layer_number, k, v)
+            return
+        tokens = step.partition.context_tokens
+        near = length(clipped(step.block.spans, tokens - self.window + 1, tokens))
+        first = k.shape[0] - near
+        step.cache.append(self.layer_number, k[first:], v[first:], of=k.shape[0])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Causal attention, aligned to the bottom right, in this layer's window and with its sinks; of q's type.
+
+        Args:
+            heads: of this rank's, those that q has.
+        """
+        kernel = self.state.kernel
+        if self.softmax_offset is None:
+            return kernel.prefill(q, k, v, self.scale, self.window)
+        out, lse = kernel.decode(q, k, v, self.scale, True, self.window)
+        return with_sinks(out, lse, self.softmax_offset[heads]).to(q.dtype)
+
+    def prefill_windowed(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
+        """Prefill of a windowed layer, the same under every method whose ranks have spans with all heads: q, k and v of
+        the block's own tokens."""
+        assert step.preceding is not None
+        before = step.preceding.before(self.layer_number, k, v, step.number)
+        self.keep(k, v, step)
+        outs, start = [q[:0]], 0
+        for (first, last), (keys, values) in zip(_filled(step), before, strict=True):
+            rows = slice(start, start + last - first)
+            outs.append(self.attend(q[rows], torch.cat((keys, k[rows])), torch.cat((values, v[rows]))))
+            start = rows.stop
+        return torch.cat(outs)
+
+    def accompany(self, step: PrefillStep, like: Tensor) -> None:
         """Take part in what a layer hands from rank to rank for blocks of other ranks, where this one has no more and
-        ranks go through their blocks in step."""
+        ranks go through their blocks in step; `like` is the K of no tokens."""
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, step: DecodeStep) -> Tensor:
         """Attend to every cached token of the context on every cp rank, and causally to the sequence's own (paper
@@ -88,17 +136,75 @@ class CoreAttention(nn.Module):
             mine = slice(rows.start, rows.stop)
             if rows.caches_own:
                 rows.own.append(self.layer_number, k[mine], v[mine])
-            over_context.append(self._attend(q[mine], rows.context, k, causal=False))
-            over_own.append(self._attend(q[mine], rows.own, k, causal=rows.caches_own))
+            if self.window is not None:
+                near = rows.near
+                assert near is not None
+                over_context.append(self._attend_near(q[mine], rows.context, near.context, rows))
+                over_own.append(self._attend_near(q[mine], rows.own, near.own, rows))
+            else:
+                over_context.append(self._attend_all(q[mine], rows.context, causal=False))
+                over_own.append(self._attend_all(q[mine], rows.own, causal=rows.caches_own))
         partials = [_joined(over_context), _joined(over_own)]
         outs, lses = (torch.stack(tensors) for tensors in zip(*partials, strict=True))
-        return merge_over_group(outs, lses, self.state.cp_group).to(q.dtype)
+        out, lse = merge_over_group(outs, lses, self.state.cp_group)
+        return (out if self.softmax_offset is None else with_sinks(out, lse, self.softmax_offset)).to(q.dtype)
 
-    def _attend(self, q: Tensor, cache: KVCache, like: Tensor, *, causal: bool) -> Partial:
+    def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:
         """Over what one cache holds of this layer; without any key out 0, lse -inf."""
-        cached = cache.get(self.layer_number)
-        keys, values = cached if cached is not None else (like[:0], like[:0])
+        keys, values = self._cached(cache, q)
         return self.state.decode_kernel.decode(q.to(keys.dtype), keys, values, self.scale, causal)
+
+    def _attend_near(self, q: Tensor, cache: KVCache, positions: Tensor, rows: SequenceRows) -> Partial:
+        """The same over the last keys, at these positions, as far as each row's window reaches."""
+        keys, values = self._cached(cache, q)
+        keys, values = (x[x.shape[0] - positions.shape[0] :] for x in (keys, values))
+        if q.shape[0] == 1:
+            return self.state.decode_kernel.decode(q.to(keys.dtype), keys, values, self.scale, False)
+        assert self.window is not None
+        return attend_at(q, keys, values, self.scale, first=rows.position, positions=positions, window=self.window)
+
+    def _cached(self, cache: KVCache, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What a cache holds of this layer, k and v [tokens, b, ng, hn]."""
+        cached = cache.get(self.layer_number)
+        nothing = q.new_empty(0, q.shape[1], 1, q.shape[3])
+        return (nothing, nothing) if cached is None else cached
+
+    def _make_sinks(self, config: TransformerConfig) -> None:
+        softmax = getattr(config, "softmax_type", None) or "vanilla"
+        tp_size = config.tensor_model_parallel_size if self.groups is None else self.groups.tp.size()
+        heads = config.num_attention_heads // tp_size
+        if softmax == "learnable":
+            sinks = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            self.register_parameter("softmax_offset", sinks)
+        elif softmax == "off-by-one":
+            self.register_buffer("softmax_offset", torch.zeros(heads), persistent=False)
+        else:
+            self.register_parameter("softmax_offset", None)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For Megatron's dist_checkpointing: sinks, divided over tp as the heads are."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.groups.tp,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that a token of this layer sees, itself among them; None: all. Megatron counts those before it."""
+    sizes = getattr(config, "window_size", None)
+    if not is_layer_window_attention(sizes, getattr(config, "window_attn_skip_freq", None), layer_number):
+        return None
+    return None if sizes is None else int(sizes[0]) + 1
+
+
+def _filled(step: PrefillStep) -> list[Span]:
+    return [span for span in step.block.spans if span[0] < span[1]]
 
 
 def _joined(partials: list[Partial]) -> Partial:

@@ -12,5 +12,5 @@ class DenseAttention(CoreAttention):
     """Causal attention over the whole context on one rank."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
-        step.cache.append(self.layer_number, k, v)
-        return self.state.kernel.prefill(q, k, v, self.scale)
+        self.keep(k, v, step)
+        return self.attend(q, k, v)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_star.attention.core import CoreAttention
 from nemo_star.attention.step import PrefillStep
-from nemo_star.kernels.merge import merge_partials
+from nemo_star.kernels.merge import merge_partials, with_sinks
 from nemo_star.methods.partition import Block
 
 
@@ -23,7 +23,9 @@ class RingAttention(CoreAttention):
     """Exact causal attention over the whole context, sharded in zigzag."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
-        step.cache.append(self.layer_number, k, v)
+        if self.window is not None:
+            return self.prefill_windowed(q, k, v, step)
+        self.keep(k, v, step)
         group, partition = self.state.cp_group, step.partition
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
@@ -42,7 +44,7 @@ class RingAttention(CoreAttention):
             for work in works:
                 work.wait()
             kv = arriving
-        return out.to(q.dtype)
+        return (out if self.softmax_offset is None else with_sinks(out, lse, self.softmax_offset)).to(q.dtype)
 
     def _pass_on(self, kv: Tensor, arriving: Tensor) -> list[dist.Work]:
         """Start sending `kv` to the next rank and receiving from the one before; empty shards do not travel."""

@@ -22,7 +22,8 @@ class StarAttention(CoreAttention):
 
     Either the anchor's tokens are in flight with the block, as the paper has it (`anchor=recompute`: the tokens are
     [anchor | block] and only the block's K/V are kept), or its K/V come from the rank that computed them
-    (`anchor=shared`: only the block's tokens are in flight).
+    (`anchor=shared`: only the block's tokens are in flight). A windowed layer has no anchor: a block sees the tokens
+    right before it.
     """
 
     @classmethod
@@ -46,19 +47,26 @@ class StarAttention(CoreAttention):
             tokens=anchor_size,
             layer_numbers=layer_numbers,
             blocks_left=sum(block.index > 0 for block in partition.ranks[group.rank()]),
+            ahead=not method.in_rounds,
         )
 
-    def accompany(self, step: PrefillStep) -> None:
-        if isinstance(step.handover, SharedAnchor):
+    def accompany(self, step: PrefillStep, like: Tensor) -> None:
+        if self.window is not None:
+            assert step.preceding is not None
+            step.preceding.before(self.layer_number, like, like, step.number)
+        elif isinstance(step.handover, SharedAnchor):
             step.handover.pass_by(self.layer_number)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
-        recomputed = k.shape[0] - step.block.tokens
-        step.cache.append(self.layer_number, k[recomputed:], v[recomputed:])
+        again = k.shape[0] - step.block.tokens  # the anchor's tokens, where each block recomputes them
+        if self.window is not None:
+            out = self.prefill_windowed(q[again:], k[again:], v[again:], step)
+            return torch.cat((self.attend(q[:again], k[:again], v[:again]), out)) if again else out
+        self.keep(k[again:], v[again:], step)
         if isinstance(step.handover, SharedAnchor):
             if step.block.index == 0:
                 step.handover.give(self.layer_number, k, v)
             else:
                 anchor_k, anchor_v = step.handover.take(self.layer_number)
                 k, v = torch.cat((anchor_k, k)), torch.cat((anchor_v, v))
-        return self.state.kernel.prefill(q, k, v, self.scale)
+        return self.attend(q, k, v)

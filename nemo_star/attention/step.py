@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_star.attention.cache import KVCache
+from nemo_star.attention.preceding import PrecedingKV
 from nemo_star.kernels.registry import Kernel
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition
@@ -35,6 +36,19 @@ class PrefillStep:
     handover: Handover | None = None
     tokens_by_rank: tuple[int, ...] = ()
     """In flight on each cp rank at the same time, where ranks go through their blocks in step."""
+    number: int = 0
+    """Of the round: how many blocks of the rank came before."""
+    preceding: PrecedingKV | None = None
+    """What windowed layers see before the block; None where the stage has no such layers."""
+
+
+@dataclass(frozen=True)
+class Near:
+    """Positions [keys] int64, ascending, of the last keys of a cache: those within the window of a step's first token.
+    Later tokens of the step see no further back."""
+
+    context: torch.Tensor
+    own: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,10 @@ class SequenceRows:
     """K/V of the sequence's own tokens on this rank."""
     caches_own: bool
     """The K/V of these rows are cached here: on exactly one rank of the cp group."""
+    position: int
+    """Of the first of these tokens."""
+    near: Near | None = None
+    """What windowed layers see; None where the stage has no such layers."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +98,5 @@ class AttentionState:
     step: PrefillStep | DecodeStep | None = None
     query_scale: torch.Tensor | None = None
     """What the step's rotated queries are multiplied by, broadcast to [s, b, np, hn]; None: nothing."""
+    windowed_query_scale: torch.Tensor | None = None
+    """The same in windowed layers."""

@@ -20,13 +20,13 @@ class UlyssesAttention(CoreAttention):
     """Exact causal attention over the whole context, sharded over heads."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
-        step.cache.append(self.layer_number, k, v)
+        self.keep(k, v, step)
         cp_size = self.state.cp_group.size()
         heads = [_share(q.shape[2], rank, cp_size) for rank in range(cp_size)]
         groups = [_share(k.shape[2], rank, cp_size) for rank in range(cp_size)]
         whole_q = self._to_heads(q, heads, step.partition)
         whole_k, whole_v = (self._to_heads(x, groups, step.partition) for x in (k, v))
-        out = self.state.kernel.prefill(whole_q, whole_k, whole_v, self.scale)
+        out = self.attend(whole_q, whole_k, whole_v, heads[self.state.cp_group.rank()])
         return self._to_sequence(out, q.shape[0], step.partition)
 
     def _to_heads(self, x: Tensor, heads: list[slice], partition: Partition) -> Tensor:

@@ -24,7 +24,7 @@ from nemo_star.engine.engine import Engine
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model
-from nemo_star.models.rotary import build_rotary
+from nemo_star.models.rotary import build_rotary, build_windowed_rotary
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
 from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import Groups
@@ -73,7 +73,7 @@ class OnEngine:
             reset_peak_memory(engine.device)
             encoded = engine.encode(context)
             prefill = engine.prefill_report(encoded)
-            kv_bytes = encoded.cache.bytes_per_token * encoded.cache.tokens
+            kv_bytes = encoded.cache.nbytes
             marks = []
             for _ in engine.generate(
                 encoded, QUERY, max_tokens=decode_tokens + 1, choose=lambda logits: (int(logits.argmax()), False)
@@ -141,7 +141,9 @@ def build_contenders(
     contenders: list[Contender] = []
     for candidate in config.candidates:
         # transformers computes dense attention, on one rank and its weights.
-        method = Dense(config.attention) if candidate.kind == TRANSFORMERS else candidate.method(config.attention)
+        method = (
+            Dense(config.attention) if candidate.kind == TRANSFORMERS else candidate.method(config.attention, model)
+        )
         place = shared if method.shares_context else (ALONE, alone)
         layout = place[0]
         check_layout(model, layout, method)
@@ -188,6 +190,7 @@ def _engine(
         state,
         groups,
         rotary=build_rotary(model, device),
+        windowed_rotary=build_windowed_rotary(model, device),
         vocab_size=model.vocab_size,
         sliced=sliced,
         sequence_parallel=sequence_parallel,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from nemo_star.config.model import ModelConfig
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.method import Method
 from nemo_star.methods.registry import known_kinds, method_class, method_of
@@ -39,10 +40,10 @@ class Candidate:
             raise ValueError(f"compare: {word!r} is unknown; known: {_known(others)}")
         return cls(word, kind, variant or None, decode or None)
 
-    def method(self, settings: AttentionConfig) -> Method:
-        """The method with `settings`, less what the word itself says."""
+    def method(self, settings: AttentionConfig, model: ModelConfig) -> Method:
+        """The method with `settings`, less what the word itself says, for this model."""
         changes = {"kind": self.kind, **({"anchor": self.variant} if self.variant else {})}
-        return method_of(dataclasses.replace(settings, **changes))  # type: ignore[arg-type]
+        return method_of(dataclasses.replace(settings, **changes), windows=model.needs_windows)  # type: ignore[arg-type]
 
 
 def _known(others: tuple[str, ...]) -> str:

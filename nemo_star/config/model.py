@@ -184,6 +184,11 @@ class ModelConfig:
                 f"num_query_groups {self.num_query_groups}"
             )
 
+    @property
+    def needs_windows(self) -> bool:
+        """Whether attention has to be more than causal: windowed layers, or sinks."""
+        return self.window_size is not None or self.attention_sinks
+
     def window_of(self, layer: int) -> int | None:
         """Window of a layer, counted from 0; None: it sees everything."""
         return self.window_size if layer in self.windowed_layers else None

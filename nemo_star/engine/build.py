@@ -17,7 +17,7 @@ from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model
 from nemo_star.models.decode_sharding import install
-from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary
+from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary, build_windowed_rotary
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.groups import Groups
@@ -40,12 +40,12 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
     )
     model = build_model(shape, state=state, groups=groups, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)), layer_by_layer=shape.layers_differ)
-    rotary = build_rotary(shape, device)
     return engine_around(
         model,
         state,
         groups,
-        rotary=rotary,
+        rotary=build_rotary(shape, device),
+        windowed_rotary=build_windowed_rotary(shape, device),
         vocab_size=shape.vocab_size,
         sliced=sliced,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -88,6 +88,7 @@ def engine_around(
     groups: Groups,
     *,
     rotary: PositionRotaryEmbedding,
+    windowed_rotary: PositionRotaryEmbedding | None = None,
     vocab_size: int,
     sliced: frozenset[Sliced] = frozenset({"ffn", "head"}),
     sequence_parallel: bool = False,
@@ -96,6 +97,7 @@ def engine_around(
 
     Args:
         rotary: angles for the layers, by position id.
+        windowed_rotary: for windowed layers, where theirs differ.
         vocab_size: true size, without rows that pad it to tp.
         sliced: what cp ranks divide of a token's work, where `state` says that they do.
         sequence_parallel: hidden states of context blocks divided over tp ranks.
@@ -106,6 +108,7 @@ def engine_around(
         rotary,
         groups.pp,
         vocab_size,
+        windowed_rotary=windowed_rotary,
         decode_group=state.decode_group,
         sequence_parallel=sequence_parallel,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Spans
 from dataclasses import dataclass, field
 
 from nemo_star.attention.cache import KVCache
 from nemo_star.methods.method import Method
-from nemo_star.methods.partition import Partition
+from nemo_star.methods.partition import Partition, Span
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Sequence:
     """This rank's share of the sequence's own K/V."""
     own_tokens_by_rank: list[int] = field(default_factory=list)
     """By cp rank; the same on all ranks."""
+    own_spans: list[Span] = field(default_factory=list)
+    """Positions of the tokens in `cache`, in order."""
 
     @property
     def position(self) -> int:
@@ -57,3 +60,19 @@ class Sequence:
         owner = held.index(min(held))
         self.own_tokens_by_rank[owner] += tokens
         return owner
+
+    def cached(self, start: int, stop: int) -> None:
+        """The next tokens in `cache` have the positions start to stop."""
+        if self.own_spans and self.own_spans[-1][1] == start:
+            start = self.own_spans.pop()[0]
+        self.own_spans.append((start, stop))
+
+
+def positions_from(spans: Spans[Span], first: int) -> list[int]:
+    """Those of the positions that are `first` or later; the spans are in order."""
+    found: list[int] = []
+    for start, stop in reversed(spans):
+        if stop <= first:
+            break
+        found[:0] = range(max(start, first), stop)
+    return found

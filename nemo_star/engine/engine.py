@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
+from nemo_star.attention.preceding import PrecedingKV
 from nemo_star.attention.socket import attention_class
-from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
-from nemo_star.engine.context import EncodedContext, Sequence
+from nemo_star.attention.step import AttentionState, DecodeStep, Handover, Near, PrefillStep, SequenceRows
+from nemo_star.engine.context import EncodedContext, Sequence, positions_from
 from nemo_star.methods.partition import Block, Partition
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects
@@ -81,25 +82,29 @@ class Engine:
         partition = self.method.partition(len(context_ids), self.groups.cp.size())
         cp_rank = self.groups.cp.rank()
         cache = KVCache(self.state.cache_dtype, capacity=partition.tokens_of(cp_rank))
-        cache.reserve(self.stage.layer_numbers, self.stage.kv_shape)
+        cache.reserve(self.stage.full_layer_numbers, self.stage.kv_shape)
+        window = self.stage.window
+        preceding = None if window is None else PrecedingKV(self.groups.cp, partition, window=window)
         handover = attention_class(self.method).handover(
             self.method,
             partition,
             self.groups.cp,
             shape=self.stage.kv_shape,
-            layer_numbers=self.stage.layer_numbers,
+            layer_numbers=self.stage.full_layer_numbers,
         )
         ids = torch.tensor(context_ids, device=self.device)
-        in_flight = self._in_flight(partition) if self.stage.in_step else None
-        for number, block in enumerate(partition.ranks[cp_rank]):
-            together = in_flight[number] if in_flight else ()
-            self._encode_block(ids, PrefillStep(block, partition, cache, handover, together))
-            on_block()
-        for together in (in_flight or [])[len(partition.ranks[cp_rank]) :]:
-            step = PrefillStep(NO_BLOCK, partition, cache, handover, together)
-            with self._step(step, ids[:0]):
-                self.stage.accompany(step)
-        waited = _finished(handover)
+        blocks = partition.ranks[cp_rank]
+        in_flight = self._in_flight(partition)
+        for number in range(partition.rounds if self.stage.in_step else len(blocks)):
+            block = blocks[number] if number < len(blocks) else NO_BLOCK
+            step = PrefillStep(block, partition, cache, handover, in_flight[number], number, preceding)
+            if block is NO_BLOCK:
+                with self._step(step, ids[:0]):
+                    self.stage.accompany(step)
+            else:
+                self._encode_block(ids, step)
+                on_block()
+        waited = _finished(handover) + (preceding.waited_seconds if preceding else 0.0)
         self.synchronize()
         return EncodedContext(cache, partition, self.method, time.perf_counter() - started, waited)
 
@@ -129,7 +134,9 @@ class Engine:
         for sequence, tokens in batch:
             start, position = len(ids), sequence.position
             positions.append(torch.arange(position, position + len(tokens), device=self.device))
-            owner = sequence.deal(len(tokens))
+            caches_own = sequence.deal(len(tokens)) == self.groups.cp.rank()
+            if caches_own:
+                sequence.cached(position, position + len(tokens))
             ids += tokens
             contexts += [sequence.context.tokens] * len(tokens)
             rows.append(
@@ -138,7 +145,9 @@ class Engine:
                     len(ids),
                     sequence.context.cache,
                     sequence.cache,
-                    caches_own=owner == self.groups.cp.rank(),
+                    caches_own=caches_own,
+                    position=position,
+                    near=self._near(sequence, position),
                 )
             )
         last = [row.stop - 1 for row in rows]
@@ -167,6 +176,16 @@ class Engine:
                 return
             tokens = [token]
 
+    def _near(self, sequence: Sequence, position: int) -> Near | None:
+        """What windowed layers see from `position` on."""
+        if self.stage.window is None:
+            return None
+        first = position - self.stage.window + 1
+        spans = sequence.context.partition.spans_of(self.groups.cp.rank())
+        return Near(
+            *(torch.tensor(positions_from(held, first), device=self.device) for held in (spans, sequence.own_spans))
+        )
+
     def _in_flight(self, partition: Partition) -> list[tuple[int, ...]]:
         """Tokens in flight on each cp rank, for its first block, its second, and so on until no rank has any."""
         tokens = [[self.method.tokens_in_flight(block) for block in blocks] for blocks in partition.ranks]
@@ -181,11 +200,13 @@ class Engine:
     @contextmanager
     def _step(self, step: PrefillStep | DecodeStep, positions: Tensor) -> Iterator[None]:
         """What the layers read in one forward pass; nothing of it is kept alive after."""
-        self.state.step, self.state.query_scale = step, self.stage.rotary.query_scale(positions)
+        state = self.state
+        state.step = step
+        state.query_scale, state.windowed_query_scale = self.stage.query_scales(positions)
         try:
             yield
         finally:
-            self.state.step = self.state.query_scale = None
+            state.step = state.query_scale = state.windowed_query_scale = None
 
     def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
         """The first rank's choice, on every rank: machines may round differently, and all must stop together."""

@@ -1,4 +1,4 @@
-"""The float32 oracle."""
+"""The float32 oracle, and attention by position."""
 
 from __future__ import annotations
 
@@ -7,24 +7,64 @@ from torch import Tensor
 
 from nemo_star.kernels.two_parts import no_keys
 
+ROWS = 128
+"""Queries that `attend_at` takes at once."""
+
 
 class MathKernel:
     """The float32 oracle: textbook softmax attention, with a score matrix of sq x sk. For tests and small inputs."""
 
     name = "math"
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+        return self.decode(q, k, v, scale, causal=True, window=window)[0].to(q.dtype)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        sq, sk, repeats = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        sq, sk = q.shape[0], k.shape[0]
         if sk == 0:
             return no_keys(q)
-        keys, values = (x.float().repeat_interleave(repeats, dim=2) for x in (k, v))
-        scores = torch.einsum("qbnh,kbnh->bnqk", q.float(), keys) * scale
+        visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
         if causal:
-            visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(diagonal=sk - sq)
-            scores = scores.masked_fill(~visible, float("-inf"))
-        lse = torch.logsumexp(scores, dim=-1)
-        out = torch.einsum("bnqk,kbnh->qbnh", torch.exp(scores - lse.unsqueeze(-1)), values)
-        return out, lse.permute(2, 0, 1)
+            visible = visible.tril(diagonal=sk - sq)
+        if window is not None:
+            visible = visible.triu(diagonal=sk - sq - window + 1)
+        return attend_visible(q, k, v, scale, visible)
+
+
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that `visible` [sq, sk] (bool) says; a query that sees none: out 0, lse -inf."""
+    repeats = q.shape[2] // k.shape[2]
+    keys, values = (x.float().repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("qbnh,kbnh->bnqk", q.float(), keys) * scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    return torch.einsum("bnqk,kbnh->qbnh", weights, values), lse.permute(2, 0, 1)
+
+
+def attend_at(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, first: int, positions: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """Attention within a window over keys that lie anywhere before: what decode has for several tokens at once.
+
+    Args:
+        first: position of the first query; the others follow it one by one.
+        positions: [sk] int64, of the keys, ascending.
+
+    Returns:
+        out [sq, b, np, hn], lse [sq, b, np], float32; a query that sees no key: out 0, lse -inf.
+    """
+    if k.shape[0] == 0:
+        return no_keys(q)
+    parts = []
+    for start in range(0, q.shape[0], ROWS):
+        rows = q[start : start + ROWS]
+        at = torch.arange(first + start, first + start + rows.shape[0], device=q.device)
+        seen = (positions > at[0] - window) & (positions <= at[-1])
+        here = positions[seen]
+        visible = (here <= at[:, None]) & (here > at[:, None] - window)
+        parts.append(attend_visible(rows, k[seen], v[seen], scale, visible))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses)

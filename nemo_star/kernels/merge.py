@@ -29,3 +29,17 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     # An empty partial's out is whatever its kernel left there; 0 * nan is nan, so it is masked, not weighted.
     filled = outs.float().masked_fill(lses.isneginf().unsqueeze(-1), 0.0)
     return (weights.unsqueeze(-1) * filled).sum(dim=0), lse
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has one more score, which adds nothing: a head's sink (arXiv 2309.17453; gpt-oss).
+
+    Args:
+        out: [sq, b, np, hn], over all keys: a sink enters once, after everything is merged.
+        lse: [sq, b, np].
+        sinks: [np].
+
+    Returns:
+        out / (1 + exp(sink - lse)), float32.
+    """
+    return out.float() * torch.sigmoid(lse - sinks.float()).unsqueeze(-1)

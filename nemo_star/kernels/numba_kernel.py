@@ -40,10 +40,12 @@ class NumbaKernel(TorchCpuKernel):
 
     name = "numba"
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        if takes(q, k, v):
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if window is None and takes(q, k, v):
             return attend(q, k, v, scale)
-        return super().decode(q, k, v, scale, causal)
+        return super().decode(q, k, v, scale, causal, window)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:

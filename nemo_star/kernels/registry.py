@@ -1,10 +1,12 @@
 """Attention of queries over the keys that one rank holds. Every kernel has the same two functions:
 
-`prefill(q, k, v, scale) -> out`: causal, aligned to the bottom right: query i sees keys up to i + sk - sq, so that the
-keys before the last sq (an anchor) are seen by all queries.
+`prefill(q, k, v, scale, window=None) -> out`: causal, aligned to the bottom right: query i sees keys up to i + sk - sq,
+so that the keys before the last sq (an anchor) are seen by all queries. With a window, query i sees the last `window`
+of these only.
 
-`decode(q, k, v, scale, causal) -> (out, lse)`: over cached keys; `causal` says that the last sq keys are the queries'
-own (bottom right again), else every query sees every key. Without any key: out 0, lse -inf.
+`decode(q, k, v, scale, causal, window=None) -> (out, lse)`: over cached keys; `causal` says that the last sq keys are
+the queries' own (bottom right again), else every query sees every key; a window goes with `causal`. Without any key:
+out 0, lse -inf.
 
     sq   query length        np   query heads (of this tensor-parallel rank)
     sk   key length          ng   query groups (KV heads)
@@ -32,9 +34,11 @@ from nemo_star.runtime.transformer_engine import find_transformer_engine, is_loa
 class Kernel(Protocol):
     name: str
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor: ...
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]: ...
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 _KERNELS: dict[str, type[Kernel]] = {

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_star.kernels.torch_flash import FlashKernel
 from nemo_star.kernels.two_parts import decode_by_parts
 
 
@@ -32,13 +33,18 @@ class TEKernel:
     def __init__(self) -> None:
         self._modules: dict[tuple[int, int, int, float], Any] = {}
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
         attention = self._module(q.shape[2], k.shape[2], q.shape[3], scale)
         # The same where there is no anchor; the plain mask is known to more of its backends.
         mask = "causal" if q.shape[0] == k.shape[0] else "causal_bottom_right"
-        return attention(q, k, v, attn_mask_type=mask).view(q.shape)
+        sides = (-1, 0) if window is None else (window - 1, 0)
+        return attention(q, k, v, attn_mask_type=mask, window_size=sides).view(q.shape)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if window is not None:  # torch's kernel gives the log-sum-exp within a window, without parts to merge
+            return FlashKernel().decode(q, k, v, scale, causal, window)
         return decode_by_parts(_fused_attention, q, k, v, scale, causal=causal)
 
     def _module(self, heads: int, groups: int, channels: int, scale: float) -> Any:

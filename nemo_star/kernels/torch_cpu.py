@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_star.kernels.two_parts import decode_by_parts
+from nemo_star.kernels.window import windowed
 
 
 class TorchCpuKernel:
@@ -17,12 +18,16 @@ class TorchCpuKernel:
 
     name = "cpu"
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if q.shape[0] == k.shape[0]:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+        if q.shape[0] == k.shape[0] and (window is None or window >= k.shape[0]):
             return _cpu_flash(q, k, v, scale, causal=True)[0]
-        return self.decode(q, k, v, scale, causal=True)[0].to(q.dtype)
+        return self.decode(q, k, v, scale, causal=True, window=window)[0].to(q.dtype)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if window is not None and window < k.shape[0]:
+            return windowed(_cpu_flash, _cpu_masked, q, k, v, scale, window=window)
         return decode_by_parts(_cpu_flash, q, k, v, scale, causal=causal)
 
 
@@ -31,3 +36,11 @@ def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> t
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()
+
+
+def _cpu_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same on torch's own layout, with a mask. A query that sees nothing would come back with lse 0."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, lse

@@ -12,6 +12,7 @@ class Dense(Method):
     kind = "dense"
     attention = "nemo_star.attention.dense:DenseAttention"
     shares_context = False
+    takes_windows = True
 
     def partition(self, context_tokens: int, cp_size: int) -> Partition:
         return contiguous(context_tokens, cp_size)

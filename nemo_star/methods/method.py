@@ -7,13 +7,14 @@ Decode is the same for all methods, because all leave the context's K/V sharded 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.partition import Block, Partition, Span, length, triangle
+from nemo_star.methods.partition import Block, Partition, Span, band, length, triangle
 
 CountedBlock = tuple[Block, int]
 """A block, and how many of a rank's blocks are like it."""
@@ -71,6 +72,8 @@ class Method(ABC):
     """Whether several cp ranks can share a context."""
     has_blocks: ClassVar[bool] = False
     """Whether `attention.block_size` decides how the context is cut."""
+    takes_windows: ClassVar[bool] = False
+    """Whether its attention has windowed layers and sinks (`CoreAttention.prefill_windowed`, `attend`)."""
     variants: ClassVar[tuple[str, ...]] = ()
     """Values of `attention.anchor` that it tells apart: `compare` takes `kind:variant`."""
 
@@ -83,7 +86,19 @@ class Method(ABC):
 
     def resized(self, block_size: int) -> Method:
         """The same with blocks (and an anchor) of another size."""
-        return type(self)(dataclasses.replace(self.settings, block_size=block_size, anchor_size=block_size))
+        resized = copy.copy(self)
+        resized.settings = dataclasses.replace(self.settings, block_size=block_size, anchor_size=block_size)
+        return resized
+
+    def with_windows(self) -> Method:
+        """For a model with windowed layers, where blocks see what comes right before them.
+
+        Raises:
+            ValueError: the method has none.
+        """
+        if not self.takes_windows:
+            raise ValueError(f"attention={self.kind} does not take models with windowed layers or sinks")
+        return self
 
     # How the context is dealt out
 
@@ -124,9 +139,17 @@ class Method(ABC):
         """(query, key) pairs of one layer for one block; here: each token attends to the whole context before it."""
         return sum(triangle(stop) - triangle(start) for start, stop in block.spans)
 
+    def windowed_pairs(self, block: Block, window: int) -> int:
+        """The same of a windowed layer, in which a token sees itself and the `window - 1` before it."""
+        return sum(band(stop, window) - band(start, window) for start, stop in self.in_flight(block))
+
     def rank_pairs(self, block: Block, share: Share) -> float:
-        """The same as what the block's rank computes with all its heads' worth of work."""
+        """`pairs` as what the block's rank computes with all its heads' worth of work."""
         return self.pairs(block)
+
+    def rank_windowed_pairs(self, block: Block, share: Share, window: int) -> float:
+        """The same of `windowed_pairs`."""
+        return self.windowed_pairs(block, window)
 
     # What the planner asks: the work of a rank, as the blocks that differ
 
@@ -137,6 +160,12 @@ class Method(ABC):
     def all_blocks(self, context_tokens: int, cp_size: int) -> list[CountedBlock]:
         """All blocks of the context, those alike counted."""
         return [(block, 1) for blocks in self.partition(context_tokens, cp_size).ranks for block in blocks]
+
+    def all_windowed_pairs(self, context_tokens: int, cp_size: int, window: int) -> int:
+        """`windowed_pairs` of all blocks, none taken for another: those near the start see less than a window."""
+        return sum(
+            count * self.windowed_pairs(block, window) for block, count in self.all_blocks(context_tokens, cp_size)
+        )
 
     def num_blocks(self, context_tokens: int, cp_size: int) -> int:
         return sum(count for _, count in self.all_blocks(context_tokens, cp_size))
@@ -155,6 +184,10 @@ class Method(ABC):
     def exchanges(self, block: Block, share: Share, heads: Heads) -> list[Exchange]:
         """What a layer exchanges over several cp ranks for a block."""
         return []
+
+    def windowed_exchanges(self, block: Block, share: Share, heads: Heads, window: int) -> list[Exchange]:
+        """The same of a windowed layer: K and V of the tokens right before the block."""
+        return [Exchange(2 * heads.kv * min(window - 1, share.context_tokens), 2)]
 
     def attention_bytes(self, tokens: int, share: Share, heads: Heads, itemsize: int) -> float:
         """Bytes beside q, k, v and the output while a layer attends: buffers of exchanges, keys joined to others.

@@ -42,6 +42,15 @@ class Partition:
         """Context tokens whose K/V the rank caches."""
         return sum(block.tokens for block in self.ranks[cp_rank])
 
+    @property
+    def rounds(self) -> int:
+        """Blocks of the rank that has most."""
+        return max(map(len, self.ranks), default=0)
+
+    def spans_of(self, cp_rank: int) -> tuple[Span, ...]:
+        """Tokens that the rank encodes, in order."""
+        return tuple(span for block in self.ranks[cp_rank] for span in block.spans)
+
     @cached_property
     def tokens_by_rank(self) -> list[int]:
         return [self.tokens_of(rank) for rank in range(len(self.ranks))]
@@ -50,6 +59,12 @@ class Partition:
 def length(spans: tuple[Span, ...]) -> int:
     """Tokens of all spans."""
     return sum(stop - start for start, stop in spans)
+
+
+def clipped(spans: tuple[Span, ...], start: int, stop: int) -> tuple[Span, ...]:
+    """What of the spans lies within [start, stop)."""
+    within = ((max(first, start), min(last, stop)) for first, last in spans)
+    return tuple((first, last) for first, last in within if first < last)
 
 
 def shares(total: int, count: int) -> list[Span]:
@@ -62,6 +77,12 @@ def shares(total: int, count: int) -> list[Span]:
 def triangle(tokens: int) -> int:
     """(query, key) pairs of causal attention of so many tokens to themselves."""
     return tokens * (tokens + 1) // 2
+
+
+def band(tokens: int, window: int) -> int:
+    """The same where a token sees itself and the `window - 1` before it."""
+    near = min(tokens, window)
+    return triangle(near) + (tokens - near) * window
 
 
 def contiguous(context_tokens: int, cp_size: int) -> Partition:

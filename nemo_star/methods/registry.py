@@ -49,9 +49,17 @@ def method_class(kind: str) -> type[Method]:
     return found
 
 
-def method_of(attention: AttentionConfig) -> Method:
-    """The method that `attention` asks for, with its settings."""
-    return method_class(attention.kind)(attention)
+def method_of(attention: AttentionConfig, *, windows: bool = False) -> Method:
+    """The method that `attention` asks for, with its settings.
+
+    Args:
+        windows: the model has windowed layers or sinks.
+
+    Raises:
+        ValueError: no such method, or one without windows.
+    """
+    method = method_class(attention.kind)(attention)
+    return method.with_windows() if windows else method
 
 
 def _is_method(value: object) -> bool:

@@ -14,6 +14,7 @@ class Ring(Method):
 
     kind = "ring"
     attention = "nemo_star.attention.ring:RingAttention"
+    takes_windows = True
 
     def partition(self, context_tokens: int, cp_size: int) -> Partition:
         spans = shares(context_tokens, 2 * cp_size)

@@ -2,14 +2,19 @@
 
 Block 0 attends causally to itself; every later block causally to itself and in full to the anchor, the first
 `anchor_size` tokens of block 0, at the anchor's own positions. Blocks are dealt out contiguously, the first ranks one
-more; a rank may have none. The anchor is computed once and handed to the other ranks (`attention.anchor=shared`), or
+more; a rank may have none. In a model with windowed layers, where a block sees what comes right before it, they are
+dealt out in rounds instead (block b to rank b mod cp): neighbours run side by side, and the round before is cached.
+
+The anchor is computed once and handed to the other ranks (`attention.anchor=shared`), or
 its tokens run through the layers again with every block, as published (`recompute`).
 """
 
 from __future__ import annotations
 
+import copy
+
 from nemo_star.methods.method import CountedBlock, Exchange, Heads, Method, Share
-from nemo_star.methods.partition import Block, Partition, Span, length, shares, triangle
+from nemo_star.methods.partition import Block, Partition, Span, band, length, triangle
 
 DEFAULT_BLOCKS = 4
 MAX_DEFAULT_BLOCK_SIZE = 32768
@@ -23,7 +28,15 @@ class Star(Method):
     attention = "nemo_star.attention.star:StarAttention"
     exact = False
     has_blocks = True
+    takes_windows = True
     variants = ("shared", "recompute")
+    in_rounds = False
+    """How blocks are dealt out."""
+
+    def with_windows(self) -> Star:
+        windowed = copy.copy(self)
+        windowed.in_rounds = True
+        return windowed
 
     @property
     def shares_anchor(self) -> bool:
@@ -48,8 +61,8 @@ class Star(Method):
             self._block(index, start, min(start + block_size, context_tokens), anchor_size)
             for index, start in enumerate(range(0, context_tokens, block_size))
         ]
-        bounds = shares(len(blocks), cp_size)
-        return Partition(context_tokens, tuple(tuple(blocks[start:stop]) for start, stop in bounds))
+        dealt = [self._numbers(len(blocks), cp_size, rank) for rank in range(cp_size)]
+        return Partition(context_tokens, tuple(tuple(blocks[number] for number in numbers) for numbers in dealt))
 
     def describe(self, context_tokens: int) -> str:
         block_size, anchor_size = self.sizes(context_tokens)
@@ -75,21 +88,24 @@ class Star(Method):
     # A hundred million tokens may be a million blocks, of which three differ: the first, a full one, the last.
 
     def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
-        start, stop = _bounds(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank)
-        return self._counted(context_tokens, start, stop)
+        return self._counted(context_tokens, self._numbers(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank))
 
     def all_blocks(self, context_tokens: int, cp_size: int) -> list[CountedBlock]:
-        return self._counted(context_tokens, 0, self.num_blocks(context_tokens, cp_size))
+        return self._counted(context_tokens, range(self.num_blocks(context_tokens, cp_size)))
+
+    def all_windowed_pairs(self, context_tokens: int, cp_size: int, window: int) -> int:
+        _, anchor_size = self.sizes(context_tokens)
+        again = 0 if self.shares_anchor else self.num_blocks(context_tokens, cp_size) - 1
+        return band(context_tokens, window) + again * band(anchor_size, window)
 
     def num_blocks(self, context_tokens: int, cp_size: int) -> int:
         return -(-context_tokens // self.sizes(context_tokens)[0])
 
     def tokens_by_rank(self, context_tokens: int, cp_size: int) -> list[int]:
         block_size, blocks = self.sizes(context_tokens)[0], self.num_blocks(context_tokens, cp_size)
-        ends = [
-            [min(end * block_size, context_tokens) for end in _bounds(blocks, cp_size, rank)] for rank in range(cp_size)
-        ]
-        return [stop - start for start, stop in ends]
+        dealt = [self._numbers(blocks, cp_size, rank) for rank in range(cp_size)]
+        missing = blocks * block_size - context_tokens  # of the last block
+        return [len(numbers) * block_size - (missing if blocks - 1 in numbers else 0) for numbers in dealt]
 
     def ranks_to_plan(self, context_tokens: int, cp_size: int) -> list[int]:
         blocks = self.num_blocks(context_tokens, cp_size)
@@ -118,28 +134,30 @@ class Star(Method):
     def _hands_on(self, share: Share) -> bool:
         return self.shares_anchor and share.all_blocks > 1
 
-    def _counted(self, context_tokens: int, start: int, stop: int) -> list[CountedBlock]:
-        """Blocks `start` to `stop` of the context: the first, one full one for all those between, the last."""
+    def _numbers(self, blocks: int, cp_size: int, cp_rank: int) -> range:
+        """The blocks of a rank."""
+        if self.in_rounds:
+            return range(cp_rank, blocks, cp_size)
+        share, extra = divmod(blocks, cp_size)
+        start = cp_rank * share + min(cp_rank, extra)
+        return range(start, start + share + (cp_rank < extra))
+
+    def _counted(self, context_tokens: int, numbers: range) -> list[CountedBlock]:
+        """These blocks of the context: the first, one full one for all those between, the last."""
         block_size, anchor_size = self.sizes(context_tokens)
         last = -(-context_tokens // block_size) - 1
         counted = []
-        if start == 0 < stop:
+        if 0 in numbers:
             counted.append((self._block(0, 0, min(block_size, context_tokens), anchor_size), 1))
-            start = 1
-        between = min(stop, last) - start
-        if between > 0:
-            counted.append((self._block(start, start * block_size, (start + 1) * block_size, anchor_size), between))
-        if start <= last < stop:
+        between = [number for number in (numbers[:2] if numbers else ()) if 0 < number < last]
+        if between:
+            number = between[0]
+            count = len(numbers) - (0 in numbers) - (last in numbers)
+            counted.append((self._block(number, number * block_size, (number + 1) * block_size, anchor_size), count))
+        if last in numbers and last > 0:
             counted.append((self._block(last, last * block_size, context_tokens, anchor_size), 1))
         return counted
 
     @staticmethod
     def _block(index: int, start: int, stop: int, anchor_size: int) -> Block:
         return Block(index, ((start, stop),), ((0, anchor_size),) if index and anchor_size else ())
-
-
-def _bounds(total: int, count: int, index: int) -> Span:
-    """Run number `index` of `partition.shares(total, count)`, without the others."""
-    share, extra = divmod(total, count)
-    start = index * share + min(index, extra)
-    return start, start + share + (index < extra)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_star.methods.method import Exchange, Heads, Method, Share
-from nemo_star.methods.partition import Block, Partition, contiguous, triangle
+from nemo_star.methods.partition import Block, Partition, band, contiguous, triangle
 
 
 class Ulysses(Method):
@@ -11,6 +11,7 @@ class Ulysses(Method):
 
     kind = "ulysses"
     attention = "nemo_star.attention.ulysses:UlyssesAttention"
+    takes_windows = True
 
     def partition(self, context_tokens: int, cp_size: int) -> Partition:
         return contiguous(context_tokens, cp_size)
@@ -31,6 +32,9 @@ class Ulysses(Method):
         """Each rank has the whole context for a share of the heads, so every rank has the same."""
         return triangle(share.context_tokens) / share.cp_size
 
+    def rank_windowed_pairs(self, block: Block, share: Share, window: int) -> float:
+        return band(share.context_tokens, window) / share.cp_size
+
     def exchanges(self, block: Block, share: Share, heads: Heads) -> list[Exchange]:
         """Queries there and the output back, keys and values; nothing hides them."""
         sent = block.tokens * (share.cp_size - 1) / share.cp_size
@@ -39,6 +43,10 @@ class Ulysses(Method):
             Exchange(heads.query * sent, share.cp_size, times=2),
             Exchange(heads.kv * copies * sent, share.cp_size, times=2),
         ]
+
+    def windowed_exchanges(self, block: Block, share: Share, heads: Heads, window: int) -> list[Exchange]:
+        """All heads travel, whatever they see."""
+        return self.exchanges(block, share, heads)
 
     def attention_bytes(self, tokens: int, share: Share, heads: Heads, itemsize: int) -> float:
         """What is sent and what has come, of queries (and of the output), keys and values."""

@@ -21,7 +21,7 @@ from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState
 from nemo_star.config.model import ModelConfig
 from nemo_star.methods.partition import shares
-from nemo_star.models.guard import check_core_attention
+from nemo_star.models.guard import check_core_attention, uses_windows
 from nemo_star.models.layer_spec import adapt, gpt_layer_spec, implementation_for, with_experts
 from nemo_star.models.moe import MoE
 from nemo_star.models.norms import ZeroCenteredRMSNorm
@@ -72,6 +72,10 @@ def transformer_config(
         layernorm_zero_centered_gamma=model.zero_centered_norms and implementation == "transformer_engine",
         qk_layernorm=model.qk_norm == "head",
         softmax_scale=softmax_scale(model),
+        softmax_type="learnable" if model.attention_sinks else "vanilla",
+        # Megatron counts the tokens before and after a token's own, and marks windowed layers by 1.
+        window_size=None if model.window_size is None else (model.window_size - 1, 0),
+        window_attn_skip_freq=[int(layer in model.windowed_layers) for layer in range(model.num_layers)],
         rotary_interleaved=model.rotary_interleaved,
         gated_linear_unit=True,
         activation_func=_ACTIVATIONS[model.activation],
@@ -107,6 +111,8 @@ def star_layer_spec(config: TransformerConfig, state: AttentionState) -> ModuleS
         ValueError: `config` asks core attention for what ours does not do (guard.py).
     """
     check_core_attention(config)
+    if uses_windows(config):
+        state.method = state.method.with_windows()
     spec = gpt_layer_spec(config)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(attention_class(state.method), state=state)
@@ -177,4 +183,4 @@ def build_model(
         scale = torch.tensor(model.embedding_scale, dtype=dtype, device=device)  # rounded as the weights are
         built.embedding.register_forward_hook(lambda module, arguments, embedded: embedded * scale)
     # Megatron's own norms come in float32 whatever `params_dtype` says: slower, and a stage takes its type from them.
-    return built.to(dtype).eval().requires_grad_(False)
+    return built.to(device=device, dtype=dtype).eval().requires_grad_(False)

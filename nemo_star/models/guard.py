@@ -10,9 +10,7 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 ACCEPTED: dict[str, tuple[object, ...]] = {
-    "window_size": (None,),
-    "window_attn_skip_freq": (None,),
-    "softmax_type": ("vanilla", None),
+    "softmax_type": ("vanilla", "learnable", "off-by-one", None),
     "attention_dropout": (0.0,),
     "attn_logit_softcapping": (None, 0.0),
     "apply_query_key_layer_scaling": (False, None),
@@ -22,7 +20,7 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "fp8_dot_product_attention": (False, None),
     "fp8_multi_head_attention": (False, None),
 }
-"""Field -> values with which core attention is plain softmax(q k * scale) v, which is what ours computes."""
+"""Field -> values with which core attention is softmax(q k * scale) v, with or without sinks, as ours computes it."""
 
 
 def check_core_attention(config: TransformerConfig) -> None:
@@ -31,6 +29,11 @@ def check_core_attention(config: TransformerConfig) -> None:
     Raises:
         ValueError: names the fields, their values and what is accepted.
     """
+    window = getattr(config, "window_size", None)
+    if window and (window[0] < 0 or window[1] != 0):
+        raise ValueError(
+            f"TransformerConfig: window_size={window!r} is not supported: a window is (tokens before a token's own, 0)"
+        )
     wrong = [
         f"{name}={getattr(config, name)!r} (only {ACCEPTED[name][0]!r} is supported)"
         for name in ACCEPTED
@@ -41,3 +44,8 @@ def check_core_attention(config: TransformerConfig) -> None:
             f"TransformerConfig: {', '.join(wrong)}: Megatron keeps this inside its core attention, which nemo_star "
             "replaces and which would drop it silently"
         )
+
+
+def uses_windows(config: TransformerConfig) -> bool:
+    """Whether a configuration asks for windowed layers or sinks."""
+    return bool(getattr(config, "window_size", None)) or getattr(config, "softmax_type", None) not in ("vanilla", None)

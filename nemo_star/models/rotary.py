@@ -67,7 +67,8 @@ class PositionRotaryEmbedding(torch.nn.Module):
         dim: of a head, those that are rotated: the first ones.
         interleaved: neighbouring dimensions are rotated together (`TransformerConfig.rotary_interleaved`).
         query_scaling: how queries are scaled by position.
-        channels: of a head, all of them; None: `dim`.
+        channels: of a head, all of them, where the attention factor is in `query_scale`; None: where it is in the
+            softmax scale.
     """
 
     inv_freq: Tensor
@@ -89,7 +90,7 @@ class PositionRotaryEmbedding(torch.nn.Module):
         self.query_scaling = query_scaling
         self.register_buffer("inv_freq", inverse_frequencies(dim, base, scaling), persistent=False)
         scale = None
-        if channels is not None and dim < channels and scaling is not None and scaling.attention_factor != 1.0:
+        if channels is not None and scaling is not None and scaling.attention_factor != 1.0:
             scale = torch.ones(channels)
             scale[:dim] = scaling.attention_factor**2
         self.register_buffer("channel_scale", scale, persistent=False)
@@ -118,8 +119,9 @@ class PositionRotaryEmbedding(torch.nn.Module):
         """What rotated queries are multiplied by, beyond the softmax scale: broadcasts to [s, b, np, hn], float32;
         None: nothing.
 
-        An attention factor multiplies the rotated dimensions of queries and keys. Where these are not all, its square
-        goes into the queries alone, which gives the same scores; else into the softmax scale (`softmax_scale`).
+        An attention factor multiplies the rotated dimensions of queries and keys. Where these are not all, or not those
+        of all layers, its square goes into the queries alone, which gives the same scores; else into the softmax scale
+        (`softmax_scale`).
         """
         scale = self.channel_scale
         if self.query_scaling is not None:
@@ -132,7 +134,7 @@ class PositionRotaryEmbedding(torch.nn.Module):
 def softmax_scale(model: ModelConfig) -> float | None:
     """What scores are multiplied by, for TransformerConfig; None: 1 / sqrt(kv_channels), without any factor."""
     factor = model.rope_scaling.attention_factor if model.rope_scaling is not None else 1.0
-    if factor == 1.0 or model.rotary_channels < model.kv_channels:
+    if factor == 1.0 or _scales_queries(model):
         return model.softmax_scale
     return (model.softmax_scale or model.kv_channels**-0.5) * factor**2
 
@@ -145,5 +147,22 @@ def build_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbe
         scaling=model.rope_scaling,
         interleaved=model.rotary_interleaved,
         query_scaling=model.query_scaling,
-        channels=model.kv_channels,
+        channels=model.kv_channels if _scales_queries(model) else None,
     ).to(device)
+
+
+def build_windowed_rotary(model: ModelConfig, device: torch.device) -> PositionRotaryEmbedding | None:
+    """The same for windowed layers; None where they turn as the others do."""
+    if model.windowed_rotary_base is None:
+        return None
+    return PositionRotaryEmbedding(
+        model.rotary_channels,
+        base=model.windowed_rotary_base,
+        interleaved=model.rotary_interleaved,
+        query_scaling=model.query_scaling,
+    ).to(device)
+
+
+def _scales_queries(model: ModelConfig) -> bool:
+    """Whether an attention factor multiplies some dimensions of a head only, or some layers."""
+    return model.rotary_channels < model.kv_channels or model.windowed_rotary_base is not None

@@ -8,6 +8,8 @@ a stage works on one block, the one before it is already at the next.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -27,6 +29,7 @@ class Stage:
 
     Args:
         rotary: angles for the layers.
+        windowed_rotary: of windowed layers, where theirs differ.
         vocab_size: true size; rows that only pad the vocabulary to tp never reach the logits.
         decode_group: tp x cp, tp fastest, whose ranks divide the head; None: each cp rank computes all of it.
         sequence_parallel: divide the hidden states of a context block over the tp ranks, where its length divides.
@@ -39,11 +42,14 @@ class Stage:
         pp_group: dist.ProcessGroup,
         vocab_size: int,
         *,
+        windowed_rotary: PositionRotaryEmbedding | None = None,
         decode_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         self.model = model
         self.rotary = rotary
+        self.windowed_rotary = windowed_rotary
+        self._windowed_angles: Tensor | None = None
         self.group = pp_group
         self.vocab_size = vocab_size
         self.decode_group = decode_group
@@ -51,6 +57,15 @@ class Stage:
         self.dtype, self.device = weight.dtype, weight.device
         self._sending: tuple[dist.Work, Tensor] | None = None
         self._sequence_parallel = SequenceParallel(model, model.tp_group.size() if sequence_parallel else 1)
+        windows = {layer.layer_number: layer.self_attention.core_attention.window for layer in model.decoder.layers}
+        self.full_layer_numbers = [number for number, window in windows.items() if window is None]
+        """Megatron's global, 1-based numbers of this stage's layers that see everything."""
+        self.window = next((window for window in windows.values() if window is not None), None)
+        """Tokens that a windowed layer's token sees, where the stage has such layers; one size for all of them."""
+        if windowed_rotary is not None:
+            for layer in model.decoder.layers:
+                if windows[layer.layer_number] is not None:
+                    layer.self_attention.register_forward_pre_hook(self._turn_otherwise, with_kwargs=True)
 
     @property
     def is_first(self) -> bool:
@@ -113,12 +128,26 @@ class Stage:
         else:
             self.model.set_input_tensor(self._receive(self._sequence_parallel.length(input_ids.numel())))
         angles = self.rotary(position_ids, context_tokens)
+        if self.windowed_rotary is not None:
+            self._windowed_angles = self.windowed_rotary(position_ids, context_tokens)
         return self.model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
+
+    def _turn_otherwise(self, attention: Any, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Megatron hands all layers the same angles: a windowed one takes its own."""
+        return arguments, {**keywords, "rotary_pos_emb": self._windowed_angles}
+
+    def query_scales(self, position_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What rotated queries are multiplied by at these positions [s], in full layers and in windowed ones."""
+        scale = self.rotary.query_scale(position_ids)
+        windowed = self.windowed_rotary
+        return scale, scale if windowed is None else windowed.query_scale(position_ids)
 
     @property
     def in_step(self) -> bool:
-        """Whether cp ranks have to run their blocks at the same time: they hold different experts."""
-        return any(isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp for layer in self.model.decoder.layers)
+        """Whether cp ranks have to run their blocks at the same time: they hold different experts, or each needs what
+        comes right before its block."""
+        divided = (isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp for layer in self.model.decoder.layers)
+        return self.window is not None or any(divided)
 
     def accompany(self, step: PrefillStep) -> None:
         """Take part in the work of other cp ranks for blocks of theirs, where this one has no more."""
@@ -144,7 +173,7 @@ class Stage:
             if step is None:
                 layer.self_attention.core_attention(q, k, v)
             else:
-                layer.self_attention.core_attention.accompany(step)
+                layer.self_attention.core_attention.accompany(step, k)
             if isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp:
                 layer.mlp(hidden)
 

@@ -9,7 +9,7 @@ from nemo_star.config.model import MLP_CHUNK_TOKENS, ModelConfig
 from nemo_star.methods.partition import shares
 from nemo_star.parallel.experts import ExpertLayout
 from nemo_star.parallel.layout import Layout
-from nemo_star.planning.work import RankWork, Workload, max_in_flight, rank_work
+from nemo_star.planning.work import RankWork, Workload, max_in_flight, rank_work, stage_windows
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,6 @@ def fullest_rank(work: Workload) -> RankMemory:
         for rank in rank_work(work)
     ]
     return max(needs, key=lambda need: need.peak)
-
-
-def stage_layers(num_layers: int, stages: int, stage: int) -> int:
-    """Layers of a pipeline stage: the first stages have one more, as `model.StageLayout` deals them."""
-    share, extra = divmod(num_layers, stages)
-    return share + (stage < extra)
 
 
 def weight_elements(model: ModelConfig, layout: Layout, stage: int) -> int:
@@ -83,9 +77,12 @@ def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
 
 
 def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
-    """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank."""
+    """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank; a windowed layer keeps no more of them
+    than a query can see."""
     kv = work.model.kv_width // work.layout.tp
-    return stage_layers(work.model.num_layers, work.layout.pp, stage) * tokens * 2 * kv * work.cache_bytes
+    windows = stage_windows(work.model, work.layout.pp, stage)
+    held = sum(layers * (tokens if window is None else min(tokens, window - 1)) for window, layers in windows.items())
+    return held * 2 * kv * work.cache_bytes
 
 
 def max_kv(work: Workload) -> int:
@@ -108,11 +105,12 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
     ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_channels // work.layout.tp) * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
-    layers = stage_layers(work.model.num_layers, work.layout.pp, 0)
+    layers = stage_windows(work.model, work.layout.pp, 0)[None]
     return max(attention, ffn, head) + int(work.method.kept_bytes(rank.share, heads, size, layers=layers))
 
 
 def _distinct_stages(work: Workload) -> Sequence[int]:
     """The stages that could be the fullest: the ends, and the one after the first (none between has more layers)."""
     pp = work.layout.pp
-    return range(pp) if work.model.layers_differ else sorted({0, min(1, pp - 1), pp - 1})
+    differ = work.model.layers_differ or work.model.window_size is not None
+    return range(pp) if differ else sorted({0, min(1, pp - 1), pp - 1})

@@ -48,7 +48,7 @@ def shared_layout(config: PlanConfig) -> Layout:
 
 def workload(candidate: Candidate, config: PlanConfig, model: ModelConfig, layout: Layout) -> Workload:
     """The work of a word of `compare`; a method that cannot share a context runs on one cp rank."""
-    method = candidate.method(config.attention)
+    method = candidate.method(config.attention, model)
     return Workload(
         model,
         layout if method.shares_context else dataclasses.replace(layout, cp=1),
@@ -109,7 +109,7 @@ def block_rows(config: PlanConfig) -> list[Row]:
     the context and 32,768 tokens, at least 4,096 (the range of the paper's tables), and halved until it fits.
     """
     layout = shared_layout(config)
-    candidate = next((c for c in config.candidates if c.method(config.attention).has_blocks), None)
+    candidate = next((c for c in config.candidates if c.method(config.attention, config.model).has_blocks), None)
     if candidate is None:
         return []
     word, work = candidate.word, workload(candidate, config, config.model, layout)

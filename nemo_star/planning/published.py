@@ -80,8 +80,8 @@ class PlainRing(Ring):
 
 def _work(table: dict[str, Any], word: str, tokens: int) -> Workload:
     cp = table.get("cp_of", {}).get(word, table["cp"])
-    method = Candidate.parse(word).method(AttentionConfig(block_size=-(-tokens // table["blocks"])))
+    model = compose_group(ModelConfig, "model", table["model"])
+    method = Candidate.parse(word).method(AttentionConfig(block_size=-(-tokens // table["blocks"])), model)
     if isinstance(method, Ring):
         method = PlainRing(method.settings)
-    model = compose_group(ModelConfig, "model", table["model"])
     return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), method, tokens)

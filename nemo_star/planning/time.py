@@ -7,14 +7,16 @@ what a rank computes, reads and exchanges; waiting for one another, imbalance be
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
+from nemo_star.methods.method import Exchange
 from nemo_star.methods.partition import Block
 from nemo_star.parallel.decode_slices import weight_elements_read
 from nemo_star.parallel.experts import ExpertLayout
-from nemo_star.planning.memory import kv_bytes, stage_layers
-from nemo_star.planning.work import RankWork, Workload, rank_work
+from nemo_star.planning.memory import kv_bytes
+from nemo_star.planning.work import RankWork, Workload, rank_work, stage_windows
 
 HIDDEN_PASSES, ROTARY_PASSES, GATE_PASSES = 42, 10, 5
 """Reads and writes of memory that the layer's elementwise operations take, counted in elements of the model's type for
@@ -81,21 +83,27 @@ class Clock:
         return peak * self.devices(work)
 
 
-def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> LayerTime:
-    """One layer for one block of a rank."""
+def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block, window: int | None = None) -> LayerTime:
+    """One layer for one block of a rank; with a window, one that is windowed."""
     model, tp = work.model, work.layout.tp
     tokens = work.method.tokens_in_flight(block)
     matrices = {
         name: clock.matrix_seconds(work, tokens, elements / tp) for name, elements in model.layer_matrices.items()
     }
-    attention = clock.attention_seconds(work, model.pair_flops * work.method.rank_pairs(block, rank.share) / tp)
+    method = work.method
+    if window is None:
+        pairs, exchanges = method.rank_pairs(block, rank.share), method.exchanges(block, rank.share, work.heads)
+    else:
+        pairs = method.rank_windowed_pairs(block, rank.share, window)
+        exchanges = method.windowed_exchanges(block, rank.share, work.heads, window)
+    attention = clock.attention_seconds(work, model.pair_flops * pairs / tp)
     gate = GATE_PASSES * model.ffn_channels / tp
     other = HIDDEN_PASSES * model.hidden_size + ROTARY_PASSES * (work.heads.query + work.heads.kv)
     gate_seconds, other_seconds = (
         clock.memory_seconds(work, passes * tokens * work.dtype_bytes) for passes in (gate, other)
     )
     computing = sum(matrices.values()) + attention + gate_seconds + other_seconds
-    exposed = _tensor_parallel(work, clock, tokens) + _context_parallel(work, clock, rank, block, computing, attention)
+    exposed = _tensor_parallel(work, clock, tokens) + _context_parallel(work, clock, exchanges, computing, attention)
     return LayerTime(
         matrices["qkv"],
         attention,
@@ -109,16 +117,23 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block) -> La
 def prefill_seconds(work: Workload, clock: Clock) -> float:
     """Seconds of the slowest rank: its blocks through its layers, after the stages before it have had the first one."""
     stages = work.layout.pp
-    layers = stage_layers(work.model.num_layers, stages, 0)
+    layers = stage_windows(work.model, stages, 0)
     slowest = 0.0
     for rank in rank_work(work):
-        times = [(layers * layer_time(work, clock, rank, block).total, block, count) for block, count in rank.blocks]
+        times = [(_stage_seconds(work, clock, rank, block, layers), block, count) for block, count in rank.blocks]
         if times:
             passing, block, _ = max(times, key=lambda time: time[0])
             size = work.method.tokens_in_flight(block) * work.model.hidden_size * work.dtype_bytes
             fill = (stages - 1) * (passing + clock.exchange(size, min(stages, 2), _pipeline_span(work)))
             slowest = max(slowest, sum(seconds * count for seconds, _, count in times) + fill)
     return slowest
+
+
+def _stage_seconds(
+    work: Workload, clock: Clock, rank: RankWork, block: Block, layers: Mapping[int | None, int]
+) -> float:
+    """One block through layers, so many of each window."""
+    return sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
 
 
 def decode_seconds(work: Workload, clock: Clock) -> float:
@@ -158,14 +173,14 @@ def _tensor_parallel(work: Workload, clock: Clock, tokens: int) -> float:
 
 
 def _context_parallel(
-    work: Workload, clock: Clock, rank: RankWork, block: Block, computing: float, attention: float
+    work: Workload, clock: Clock, exchanges: Sequence[Exchange], computing: float, attention: float
 ) -> float:
     """What a layer waits for other cp ranks."""
     if work.layout.cp == 1:
         return 0.0
     span = work.layout.tp * work.layout.cp
     waited = 0.0
-    for exchange in work.method.exchanges(block, rank.share, work.heads):
+    for exchange in exchanges:
         seconds = clock.exchange(exchange.elements * work.dtype_bytes, exchange.ranks, span) / exchange.blocks
         if clock.machine.overlaps:
             seconds -= exchange.beside_attention * attention + exchange.beside_layer * computing

@@ -7,10 +7,12 @@ ranks that could be the slowest or the fullest. So nothing here grows with the c
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 from nemo_star.config.model import ModelConfig
 from nemo_star.methods.method import CountedBlock, Heads, Method, Share
+from nemo_star.methods.partition import shares
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning.flops import prefill_flops
@@ -70,6 +72,11 @@ class Workload:
     def resized(self, block_size: int) -> Workload:
         """The same with blocks (and an anchor) of another size."""
         return dataclasses.replace(self, method=self.method.resized(block_size))
+
+
+def stage_windows(model: ModelConfig, stages: int, stage: int) -> Counter[int | None]:
+    """How many layers of a pipeline stage have which window; None: those that see everything."""
+    return Counter(map(model.window_of, range(*shares(model.num_layers, stages)[stage])))
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,26 @@ import json
 
 import pytest
 import torch
+from family_models import CASES, save_model
 from launch import ROOT, run_tool
 from te_releases import RELEASES, signature
 
+from nemo_star.checkpoint.convert import import_checkpoint
+
 
 @pytest.fixture(scope="module")
-def report(tiny):
+def report(tiny, tmp_path_factory):
     """What tests/workers/te_layers.py found with the stand-in on the path."""
-    done = run_tool(ROOT / "tests/workers/te_layers.py", tiny, packages=ROOT / "tests/fake_transformer_engine")
+    folder = tmp_path_factory.mktemp("families")
+    for case in CASES:
+        save_model(folder / "hf" / case, case)
+        import_checkpoint(folder / "hf" / case, folder / case)
+    done = run_tool(
+        ROOT / "tests/workers/te_layers.py",
+        tiny,
+        *(folder / case for case in CASES),
+        packages=ROOT / "tests/fake_transformer_engine",
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -28,6 +40,11 @@ def test_one_checkpoint_loads_into_both_kinds_of_layers(report):
     torch.testing.assert_close(sharded_logits, own_logits, atol=1e-5, rtol=1e-5)  # fc1's own norm, too
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_computes_the_same_in_both(report, case):
+    assert report["families"][case] <= 5e-4
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_what_megatron_builds_fits_a_release(report, release):
     """Layers, norms and rotary embedding, as this release of Megatron calls them, bind to Transformer Engine's."""
@@ -41,5 +58,5 @@ def test_what_megatron_builds_fits_a_release(report, release):
         "apply_rotary_pos_emb",
         "fused_attn_fwd",
     }
-    for name, positional, keywords in report["calls"]:
+    for name, positional, keywords in report["calls"] + report["family_calls"]:
         signature(RELEASES[release][name]).bind(*[None] * positional, **dict.fromkeys(keywords))

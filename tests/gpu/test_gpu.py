@@ -44,10 +44,10 @@ def inputs(sq, sk, heads=8, groups=2, *, device, dtype=torch.bfloat16, channels=
 class Oracle:
     """out and lse in float64 for one input, and how far torch's own attention is off."""
 
-    def __init__(self, q, k, v, scale, causal):
-        self.out, self.lse = reference(q.cpu(), k.cpu(), v.cpu(), scale, causal)
+    def __init__(self, q, k, v, scale, causal, window=None):
+        self.out, self.lse = reference(q.cpu(), k.cpu(), v.cpu(), scale, causal, window)
         self.dtype = q.dtype
-        self.own = self._errors(torch_attention(q, k, v, scale, causal))
+        self.own = self._errors(torch_attention(q, k, v, scale, causal, window))
 
     def _errors(self, out):
         """Root mean square, and largest."""
@@ -61,10 +61,12 @@ class Oracle:
         assert largest <= 2 * own_largest + torch.finfo(self.dtype).eps * self.out.abs().max()
 
 
-def torch_attention(q, k, v, scale, causal):
+def torch_attention(q, k, v, scale, causal, window=None):
     """torch's own in the type of the inputs, [sq, b, np, hn]."""
     sq, sk, repeats = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
     mask = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq) if causal else None
+    if window is not None:
+        mask = mask.triu(sk - sq - window + 1)
     batch_first = [x.permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))]
     own = torch.nn.functional.scaled_dot_product_attention(*batch_first, attn_mask=mask, scale=scale)
     return own.permute(2, 0, 1, 3)
@@ -92,6 +94,18 @@ def test_decode_and_its_lse_are_as_good_as_torch(kernel_on, heads, groups, sq, s
     oracle = Oracle(q, k, v, 0.09, causal)
     out, lse = kernel.decode(q, k, v, 0.09, causal)
     assert out.dtype == lse.dtype == torch.float32
+    oracle.check(out)
+    assert (lse.cpu().double() - oracle.lse).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("window", [1, 16, 128])
+@pytest.mark.parametrize(("sq", "sk"), [(1, 300), (33, 97), (64, 64), (300, 427), (700, 700)])
+def test_windows_are_as_good_as_torch(kernel_on, sq, sk, window):
+    kernel, device = kernel_on
+    q, k, v = inputs(sq, sk, device=device)
+    oracle = Oracle(q, k, v, 0.125, True, window)
+    oracle.check(kernel.prefill(q, k, v, 0.125, window))
+    out, lse = kernel.decode(q, k, v, 0.125, True, window)
     oracle.check(out)
     assert (lse.cpu().double() - oracle.lse).abs().max() <= 1e-3
 

@@ -5,6 +5,7 @@ import torch
 from oracle import SHAPES, inputs, reference
 
 from nemo_star.kernels import registry
+from nemo_star.kernels.math import attend_at
 from nemo_star.kernels.merge import merge_partials
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.runtime.transformer_engine import find_transformer_engine
@@ -28,6 +29,37 @@ def test_kernels_compute_attention(kernel, heads, groups, batch, sq, sk):
         assert out.dtype == lse.dtype == torch.float32
     prefill = kernel.prefill(q, k, v, 0.3)
     torch.testing.assert_close(prefill.double(), reference(q, k, v, 0.3, True)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("window", [1, 7, 40, 300, 900])
+@pytest.mark.parametrize(("sq", "past"), [(1, 0), (1, 90), (5, 3), (64, 0), (256, 39), (300, 6), (600, 299)])
+def test_kernels_compute_attention_within_a_window(kernel, batch, window, sq, past):
+    q, k, v = inputs(sq, sq + past, batch=batch)
+    out, lse = kernel.decode(q, k, v, 0.3, True, window)
+    expected_out, expected_lse = reference(q, k, v, 0.3, True, window)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert out.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(kernel.prefill(q, k, v, 0.3, window).double(), expected_out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, 50])
+def test_attention_by_position(window):
+    """Queries 100 to 399 over the keys of every third position before them and among them."""
+    positions = torch.arange(1, 400, 3)
+    q, k, v = inputs(300, 400)
+    q, mine, values = q, k[positions], v[positions]
+    out, lse = attend_at(q, mine, values, 0.3, first=100, positions=positions, window=window)
+    for row in (0, 1, 2, 127, 128, 299):
+        seen = positions[(positions <= 100 + row) & (positions > 100 + row - window)]
+        expected = reference(q[row : row + 1], k[seen], v[seen], 0.3, False)
+        torch.testing.assert_close(out[row : row + 1].double(), expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[row : row + 1].double(), expected[1], atol=1e-5, rtol=1e-5)
+    out, lse = attend_at(q, mine[:5], values[:5], 0.3, first=100, positions=positions[:5], window=window)
+    assert torch.equal(out[-1], torch.zeros_like(out[-1]))
+    assert torch.equal(lse[-1], torch.full_like(lse[-1], float("-inf")))
 
 
 @pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)

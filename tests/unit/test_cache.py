@@ -18,7 +18,7 @@ def test_append_keeps_order_and_truncate_rolls_back():
     cache.append(1, *third)
     assert torch.equal(cache.get(1)[1], torch.cat((first[1], third[1])))
     assert cache.tokens == 6
-    assert cache.bytes_per_token == 2 * 2 * 4 * 4
+    assert cache.nbytes == 6 * 2 * 2 * 4 * 4
 
 
 def test_appending_within_the_capacity_does_not_move_the_buffer():

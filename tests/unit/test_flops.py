@@ -48,6 +48,22 @@ def test_star_counts_blocks_anchors_and_what_is_computed_again(anchor, extra):
     assert flops("star", 10, block_size=4, anchor_size=3, anchor=anchor) == (10 + extra * 3) * LINEAR + pairs * PAIR
 
 
+@pytest.mark.parametrize("window", [1, 3, 5, 30])
+@pytest.mark.parametrize(("kind", "cp"), [("dense", 1), ("ring", 2), ("ulysses", 2), ("star", 3)])
+def test_windowed_layers_count_the_pairs_within_the_window(window, kind, cp):
+    model = dataclasses.replace(MODEL, window_size=window, windowed_layers=(1,))
+    method = method_of(AttentionConfig(kind=kind, block_size=4), windows=True)
+    near = sum(min(token + 1, window) for token in range(22))
+    alone = dataclasses.replace(MODEL, num_layers=1)
+    full = prefill_flops(alone, method, 22, cp)
+    assert prefill_flops(model, method, 22, cp) == full + 22 * LINEAR + near * PAIR
+    if kind == "star":
+        again = method_of(AttentionConfig(block_size=4, anchor_size=3, anchor="recompute"), windows=True)
+        full = prefill_flops(alone, again, 22, cp)
+        near += 5 * sum(min(token + 1, window) for token in range(3))
+        assert prefill_flops(model, again, 22, cp) == full + (22 + 5 * 3) * LINEAR + near * PAIR
+
+
 def test_star_without_an_anchor_and_of_one_block():
     assert flops("star", 10, block_size=4, anchor_size=0) == 10 * LINEAR + (10 + 10 + 3) * PAIR
     assert flops("star", 10, block_size=16) == flops("dense", 10, cp_size=1)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from toy_method import SlidingWindow
 
 from nemo_star.engine.build import attention_state
 from nemo_star.methods.config import AttentionConfig
@@ -12,8 +13,6 @@ from nemo_star.models.build import star_layer_spec
 from nemo_star.models.guard import ACCEPTED, check_core_attention
 
 SETTINGS = {
-    "window_size": (128, 0),
-    "softmax_type": "learnable",
     "attention_dropout": 0.1,
     "apply_query_key_layer_scaling": True,
     "qk_clip": True,
@@ -27,7 +26,7 @@ def config(**settings):
     return TransformerConfig(**sizes, use_cpu_initialization=True, **{"attention_dropout": 0.0, **settings})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def state(groups):
     return attention_state(AttentionConfig(), groups, device=torch.device("cpu"), dtype=torch.float32)
 
@@ -52,5 +51,25 @@ def test_plain_attention_passes_and_so_do_fields_that_a_release_lacks(state):
 
 
 def test_all_that_is_wrong_is_said_at_once(state):
-    with pytest.raises(ValueError, match=r"window_size=\(64, 0\).*attention_dropout=0.1"):
-        star_layer_spec(config(window_size=(64, 0), attention_dropout=0.1), state)
+    with pytest.raises(ValueError, match=r"attention_dropout=0.1.*qk_clip=True"):
+        star_layer_spec(config(qk_clip=True, attention_dropout=0.1), state)
+
+
+@pytest.mark.parametrize("window", [(64, 64), (-1, 0)])
+def test_a_window_that_is_none_is_refused(state, window):
+    with pytest.raises(ValueError, match="window_size=.* is not supported: a window is"):
+        star_layer_spec(config(window_size=window), state)
+
+
+def test_windows_and_sinks_are_taken_by_methods_that_have_them(state):
+    settings = config(window_size=(7, 0), window_attn_skip_freq=[1, 0], softmax_type="learnable")
+    assert not state.method.in_rounds
+    spec = star_layer_spec(settings, state)
+    assert state.method.in_rounds
+    core = spec.submodules.self_attention.submodules.core_attention
+    layers = [core(settings, number) for number in (1, 2)]
+    assert [layer.window for layer in layers] == [8, None]
+    assert [layer.softmax_offset.shape for layer in layers] == [(4,), (4,)]
+    state.method = SlidingWindow(AttentionConfig())
+    with pytest.raises(ValueError, match="toy_method.SlidingWindow does not take models with windowed layers or sinks"):
+        star_layer_spec(settings, state)

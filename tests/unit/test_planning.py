@@ -44,10 +44,13 @@ def plan(*arguments):
 # What there is to do
 
 
+@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("kind", ["star:shared", "star:recompute", "ring", "ulysses"])
 @pytest.mark.parametrize(("tokens", "block", "cp"), [(97, 10, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)])
-def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp):
+def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp, windows):
     planned = llama(kind, tokens, cp=cp, block_size=block, anchor_size=block // 2)
+    if windows:
+        planned = dataclasses.replace(planned, method=planned.method.with_windows())
     method = planned.method
     partition = method.partition(tokens, cp)
     every_block = [(block, 1) for blocks in partition.ranks for block in blocks]
@@ -169,8 +172,17 @@ def test_kv_bytes_are_those_of_the_cache(tiny):
     cache = llm.encode(list(range(50))).cache
     model = llm.description.model
     planned = Workload(model, Layout(1, 1, 1, 1), llm.method, 50, dtype="float32")
-    assert kv_bytes(planned, 0, 50) == cache.bytes_per_token * cache.tokens
+    assert kv_bytes(planned, 0, 50) == cache.nbytes
     assert weight_elements(model, Layout(1, 1, 1, 1), 0) == sum(p.numel() for p in llm.engine.stage.model.parameters())
+
+
+@pytest.mark.parametrize(("tokens", "block", "cp"), [(50, 16, 1), (50, 4, 3), (5, 16, 2)])
+def test_windowed_layers_hold_what_a_query_sees(tokens, block, cp):
+    windowed = dataclasses.replace(LLAMA, window_size=9, windowed_layers=tuple(range(0, LLAMA.num_layers, 2)))
+    every, layout = llama("star:shared", tokens, cp=cp, block_size=block), Layout(1, cp, 1, 1)
+    planned = Workload(windowed, layout, method_of(AttentionConfig(block_size=block), windows=True), tokens)
+    half, held = kv_bytes(every, 0, tokens) // 2, kv_bytes(planned, 0, tokens)
+    assert held == half + half * min(tokens, 8) // tokens
 
 
 # Published tables
@@ -224,8 +236,9 @@ def test_every_machine_and_model_plans():
     for machine in MACHINES:
         for model in sorted(path.stem for path in (CONF / "model").glob("*.yaml")):
             rows = plan_rows(plan(f"machine={machine}", f"model={model}"))
-            assert [row["error"] for row in rows] == [None] * 5
-            assert all(row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0 for row in rows)
+            assert [row["kind"] for row in rows if row["error"] is not None] in ([], ["ulysses"])
+            planned = [row for row in rows if row["error"] is None or "28 query heads" not in row["error"]]
+            assert all(row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0 for row in planned)
     assert (RECIPES / "plan.yaml").exists()
 
 

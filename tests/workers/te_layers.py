@@ -5,6 +5,9 @@ Run with tests/fake_transformer_engine on the path. Prints JSON: what was used a
 
 import json
 import sys
+from pathlib import Path
+
+import torch
 
 from nemo_star.runtime.transformer_engine import find_transformer_engine
 
@@ -19,6 +22,10 @@ from nemo_star.parallel.groups import create_groups, initialize_alone  # noqa: E
 from nemo_star.parallel.layout import Layout  # noqa: E402
 
 
+def recorded(calls):
+    return sorted({(name, len(args), tuple(sorted(keywords))) for name, args, keywords in calls})
+
+
 def run(checkpoint, implementation, decode_group=None):
     """Logits of a few steps over a context of several blocks with a small anchor; names of the layers' classes."""
     model_module.implementation_for = lambda device, dtype: implementation
@@ -26,14 +33,23 @@ def run(checkpoint, implementation, decode_group=None):
     if implementation == "transformer_engine":
         engine.state.kernel = engine.state.decode_kernel = TEKernel()
     engine.state.decode_group = decode_group
-    context = engine.encode([i * i % 251 for i in range(100)])
+    context = engine.encode([i * i % 127 for i in range(100)])
     choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
     steps = engine.generate(context, [1, 2, 3], max_tokens=3, choose=choose)
     logits = [step.logits.tolist() for step in steps]
     return logits, sorted({type(module).__name__ for module in engine.stage.model.decoder.modules()})
 
 
-def main(checkpoint):
+def families(folders):
+    """Of each checkpoint: the largest difference between both kinds of layers' logits."""
+    differences = {}
+    for folder in map(Path, folders):
+        own, theirs = (torch.tensor(run(folder, name)[0]) for name in ("local", "transformer_engine"))
+        differences[folder.name] = (own - theirs).abs().max().item()
+    return differences
+
+
+def main(checkpoint, *others):
     initialize_alone()
     groups = create_groups(Layout(tp=1, cp=1, dp=1, pp=1))
     own, own_classes = run(checkpoint, "local")
@@ -44,8 +60,10 @@ def main(checkpoint):
     report = {
         "found": FOUND.told(),
         "classes": [own_classes, their_classes],
-        "calls": sorted({(name, len(args), tuple(sorted(keywords))) for name, args, keywords in calls}),
+        "calls": recorded(calls),
         "logits": [own, theirs, divided],
+        "families": families(others),
+        "family_calls": recorded(CALLS),
     }
     print(json.dumps(report))
 

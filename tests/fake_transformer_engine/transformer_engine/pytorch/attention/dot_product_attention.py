@@ -15,4 +15,6 @@ class DotProductAttention(torch.nn.Module):
         q, k, v = args
         assert (q.shape[2], k.shape[2]) == (self.options["num_attention_heads"], self.options["num_gqa_groups"])
         mask = keywords.get("attn_mask_type", self.options["attn_mask_type"])
-        return attend(q, k, v, self.options["softmax_scale"], mask)[0].flatten(2)
+        left, right = keywords["window_size"]
+        assert right == 0
+        return attend(q, k, v, self.options["softmax_scale"], mask, left)[0].flatten(2)
