@@ -182,7 +182,7 @@ CASES = {
     "olmo3": (
         "Olmo3",
         {
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 5,
             "attention_bias": True,
             "sliding_window": 12,
             "rope_parameters": {
@@ -202,8 +202,9 @@ def save_model(folder, case):
     family, settings = CASES[case]
     torch.manual_seed(sum(case.encode()))
     kind = getattr(transformers, f"{family}ForCausalLM")
-    # Its eager attention is the one that knows sinks, and takes any mask.
-    model = kind._from_config(kind.config_class(**{**SIZES, **settings}), attn_implementation="eager").eval()
+    # Eager: attention that knows sinks and takes any mask, experts that take float64.
+    config = kind.config_class(**{**SIZES, **settings}, experts_implementation="eager")
+    model = kind._from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
