@@ -1,4 +1,4 @@
-"""Star Attention as transformers can compute it: its models, in float64, with masks of ours. An oracle for several blocks
+"""Star Attention as transformers computes it: its models, in float64, with masks of ours. An oracle for several blocks
 in any family, windowed layers included, that shares no code with what is tested.
 """
 
