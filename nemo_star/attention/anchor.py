@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_star.attention.cache import KVShape
+from nemo_star.attention.cache import KVCache, KVShape
 
 
 class SharedAnchor:
@@ -25,6 +25,7 @@ class SharedAnchor:
         tokens: anchor size A.
         layer_numbers: this pipeline stage's layers, in order.
         blocks_left: blocks that will still ask for the anchor on this rank; then a layer's K/V are freed.
+        cached: of a context that goes on: where cp rank 0 has block 0, which is not encoded again.
         ahead: receives are put under way before they are asked for. Not where ranks exchange other things over this
             group between two layers: NCCL carries out a group's exchanges in the order in which each rank asks.
     """
@@ -38,6 +39,7 @@ class SharedAnchor:
         layer_numbers: Sequence[int],
         blocks_left: int,
         ahead: bool = True,
+        cached: KVCache | None = None,
     ) -> None:
         self.tokens = tokens
         self.waited_seconds = 0.0
@@ -48,13 +50,16 @@ class SharedAnchor:
         self._kv: dict[int, Tensor] = {}
         self._works: dict[int, dist.Work] = {}
         self._ahead = ahead
+        self._cached = cached
+        self._given: set[int] = set()
         self._expected = 0
         if group.rank() > 0 and ahead:
             self._expect()
 
     def give(self, layer_number: int, k: Tensor, v: Tensor) -> None:
         """On cp rank 0, in block 0: start handing out the first A tokens of k, v [sk, b, ng, hn]."""
-        packed = torch.stack((k[: self.tokens], v[: self.tokens]))
+        self._given.add(layer_number)
+        packed = torch.stack((k[: self.tokens], v[: self.tokens])).to(self._shape.dtype)
         if self._group.size() > 1:
             for earlier in [number for number, work in self._works.items() if work.is_completed()]:
                 self._arrived(earlier)  # nobody here wants it: it is not kept longer than it takes to hand out
@@ -64,8 +69,7 @@ class SharedAnchor:
 
     def take(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """The anchor's k, v, each [A, b, ng, hn]; waits for them where they are still on their way."""
-        if self._group.rank() > 0:
-            self._arrived(layer_number)
+        self._have(layer_number)
         kv = self._kv[layer_number]
         self._uses[layer_number] -= 1
         if self._uses[layer_number] == 0:
@@ -74,12 +78,21 @@ class SharedAnchor:
 
     def pass_by(self, layer_number: int) -> None:
         """Take part in handing out a layer's anchor that this rank has no block for: others may get it through it."""
-        self._arrived(layer_number)
+        self._have(layer_number)
         if not self._uses[layer_number]:
             self._kv.pop(layer_number, None)
 
+    def _have(self, layer_number: int) -> None:
+        """Have a layer's anchor come, or hand it out from the cache."""
+        if self._group.rank() > 0:
+            self._arrived(layer_number)
+        elif self._cached is not None and layer_number not in self._given:
+            cached = self._cached.get(layer_number)
+            assert cached is not None
+            self.give(layer_number, *cached)
+
     def finish(self) -> None:
-        """After the last block: take part in what this rank did not need, end what is under way, free everything."""
+        """After the last round: end what is under way, free everything."""
         for layer_number in self._layers:
             self._arrived(layer_number)
             self._kv.pop(layer_number, None)

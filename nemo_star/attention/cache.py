@@ -90,8 +90,38 @@ class KVCache:
 
     def truncate(self, tokens: int) -> None:
         """Roll back to the first `tokens` tokens of every layer."""
+        self.drop(max(0, self.tokens - tokens))
+
+    def drop(self, tokens: int) -> None:
+        """Take the last `tokens` tokens away from every layer."""
         for layer in self._layers.values():
-            layer.tokens = layer.given = min(layer.tokens, tokens)
+            layer.tokens -= min(tokens, layer.tokens)
+            layer.given -= min(tokens, layer.given)
+
+    def keep_last(self, layer_numbers: Iterable[int], tokens: int) -> None:
+        """Forget all but the last `tokens` tokens of these layers, which nobody will look at."""
+        for number in layer_numbers:
+            layer = self._layers.get(number)
+            if layer is not None and layer.tokens > tokens:
+                first = layer.tokens - tokens
+                kept = _Layer(self._buffer(layer.k, tokens), self._buffer(layer.v, tokens), tokens, layer.given)
+                kept.k.copy_(layer.k[first : layer.tokens])
+                kept.v.copy_(layer.v[first : layer.tokens])
+                self._layers[number] = kept
+
+    def extend(self, other: KVCache) -> None:
+        """Append what another cache of the same layers holds."""
+        for number in other._layers:
+            kv = other.get(number)
+            if kv is not None:
+                self.append(number, *kv)
+
+    def copy(self) -> KVCache:
+        """The same tokens in buffers of their own."""
+        copied = KVCache(self.dtype)
+        for number, layer in self._layers.items():
+            copied._layers[number] = self._grown(layer, layer.k, layer.tokens, layer.tokens)
+        return copied
 
     def _grown(self, layer: _Layer | None, like: Tensor, kept: int, capacity: int) -> _Layer:
         given = layer.given if layer is not None else 0

@@ -54,6 +54,7 @@ class CoreAttention(nn.Module):
         self.state = state
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.window = window_of(config, layer_number)
+        self.is_last = layer_number == config.num_layers
         self.groups = pg_collection
         self.softmax_offset: Tensor | None  # sinks [np], named as Megatron's core attention has them
         self._make_sinks(config)
@@ -64,8 +65,20 @@ class CoreAttention(nn.Module):
         scale = self.state.query_scale if self.window is None else self.state.windowed_query_scale
         if scale is not None:
             q = q * scale.to(q.dtype)
-        out = self.prefill(q, k, v, step) if isinstance(step, PrefillStep) else self.decode(q, k, v, step)
+        if isinstance(step, DecodeStep):
+            out = self.decode(q, k, v, step)
+        elif self.only_caches:
+            again = k.shape[0] - step.block.tokens
+            self.keep(k[again:], v[again:], step)
+            out = torch.zeros_like(q)
+        else:
+            out = self.prefill(q, k, v, step)
         return out.flatten(start_dim=2)
+
+    @property
+    def only_caches(self) -> bool:
+        """Whether nobody reads what this layer gives in prefill: of the last one, K/V are all that is wanted."""
+        return self.is_last and not self.state.completes_prefill
 
     @classmethod
     def handover(
@@ -76,12 +89,15 @@ class CoreAttention(nn.Module):
         *,
         shape: KVShape,
         layer_numbers: Sequence[int],
+        cache: KVCache,
     ) -> Handover | None:
         """What one prefill hands between the ranks of the cp group, or from block to block; None: nothing that lasts.
 
         Args:
+            partition: the blocks that are encoded; of a context that goes on, the new ones.
             shape: of a layer's K on this rank.
-            layer_numbers: of this pipeline stage, those that are not windowed.
+            layer_numbers: of this pipeline stage, those that are not windowed and whose results are read.
+            cache: what this rank holds of the context already.
         """
         return None
 
@@ -94,8 +110,8 @@ class CoreAttention(nn.Module):
         if self.window is None:
             step.cache.append(self.layer_number, k, v)
             return
-        tokens = step.partition.context_tokens
-        near = length(clipped(step.block.spans, tokens - self.window + 1, tokens))
+        assert step.preceding is not None
+        near = length(clipped(step.block.spans, step.preceding.cached_from, step.partition.context_tokens))
         first = k.shape[0] - near
         step.cache.append(self.layer_number, k[first:], v[first:], of=k.shape[0])
 
@@ -132,18 +148,19 @@ class CoreAttention(nn.Module):
         """Attend to every cached token of the context on every cp rank, and causally to the sequence's own (paper
         section 2.2). Returns [sq, b, np, hn]."""
         over_context, over_own = [], []
-        for rows in step.sequences:
-            mine = slice(rows.start, rows.stop)
-            if rows.caches_own:
-                rows.own.append(self.layer_number, k[mine], v[mine])
-            if self.window is not None:
-                near = rows.near
-                assert near is not None
-                over_context.append(self._attend_near(q[mine], rows.context, near.context, rows))
-                over_own.append(self._attend_near(q[mine], rows.own, near.own, rows))
-            else:
-                over_context.append(self._attend_all(q[mine], rows.context, causal=False))
-                over_own.append(self._attend_all(q[mine], rows.own, causal=rows.caches_own))
+        for together in step.contexts:
+            for rows in together.sequences:
+                mine = slice(rows.start, rows.stop)
+                if rows.caches_own:
+                    rows.own.append(self.layer_number, k[mine], v[mine])
+                if rows.near is not None and self.window is not None:
+                    over_context.append(self._attend_near(q[mine], together.context, rows.near.context, rows))
+                    over_own.append(self._attend_near(q[mine], rows.own, rows.near.own, rows))
+                else:
+                    over_own.append(self._attend_all(q[mine], rows.own, causal=rows.caches_own))
+            if self.window is None:
+                every = slice(together.start, together.stop)
+                over_context.append(self._attend_all(q[every], together.context, causal=False))
         partials = [_joined(over_context), _joined(over_own)]
         outs, lses = (torch.stack(tensors) for tensors in zip(*partials, strict=True))
         out, lse = merge_over_group(outs, lses, self.state.cp_group)

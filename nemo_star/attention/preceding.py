@@ -9,12 +9,14 @@ follows from the partition, alike on all ranks.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_star.attention.cache import KVCache
 from nemo_star.methods.partition import Partition, Span, clipped, length
 
 Piece = tuple[Span, Tensor, Tensor]
@@ -39,14 +41,30 @@ class PrecedingKV:
 
     Args:
         group: cp.
+        partition: the blocks that are encoded.
         window: tokens that a token sees, itself among them.
+        cached_from: first token of the context whose K/V windowed layers cache.
+        held: for a context that goes on, by cp rank: tokens before these blocks whose K/V the ranks have cached.
+        cache: where they are cached, on this rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup, partition: Partition, *, window: int) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        partition: Partition,
+        *,
+        window: int,
+        cached_from: int,
+        held: Sequence[tuple[Span, ...]] = (),
+        cache: KVCache | None = None,
+    ) -> None:
         self.waited_seconds = 0.0
+        self.cached_from = cached_from
         self._group = group
         self._partition = partition
         self._reach = window - 1
+        self._held = held or [()] * len(partition.ranks)
+        self._cache = cache
         self._rounds = [self._planned(number) for number in range(partition.rounds)]
         self._kept: dict[int, list[Piece]] = {}
 
@@ -57,7 +75,7 @@ class PrecedingKV:
             k, v: of this rank's block in round `number`, [tokens, b, ng, hn]; none, where it has no block.
         """
         planned = self._rounds[number]
-        held = self._kept.pop(layer_number, [])
+        held = self._kept.pop(layer_number, []) if number else self._cached(layer_number, k.dtype)
         start = 0
         for span in planned.own:
             stop = start + span[1] - span[0]
@@ -71,6 +89,16 @@ class PrecedingKV:
         arrived += [piece for span in planned.taken.get(self._group.rank(), ()) for piece in _cut(held, *span)]
         arrived.sort(key=lambda piece: piece[0])
         return [self._joined(_cut(arrived, max(0, begin - self._reach), begin), k, v) for begin, _ in planned.own]
+
+    def _cached(self, layer_number: int, dtype: torch.dtype) -> list[Piece]:
+        """What this rank held before the first round: the last tokens of its cache."""
+        spans = self._held[self._group.rank()]
+        cached = self._cache.get(layer_number) if self._cache is not None and spans else None
+        if cached is None:
+            return []
+        sizes = [stop - start for start, stop in spans]
+        k, v = (x[x.shape[0] - sum(sizes) :].to(dtype, copy=True).split(sizes) for x in cached)
+        return list(zip(spans, k, v, strict=True))
 
     def _exchanged(self, planned: _Round, held: list[Piece], like: Tensor) -> list[Piece]:
         """What other ranks send, while they are sent what they need."""
@@ -121,8 +149,8 @@ class PrecedingKV:
 
     def _available(self, rank: int, number: int) -> tuple[Span, ...]:
         """Tokens whose K/V a rank has when the layer attends: of this round's block, and kept of earlier ones."""
-        earlier = tuple(span for i in range(number) for span in self._block(rank, i))
-        kept = clipped(earlier, self._kept_from(number - 1), self._partition.context_tokens) if number else ()
+        earlier = (*self._held[rank], *(span for i in range(number) for span in self._block(rank, i)))
+        kept = clipped(earlier, self._kept_from(number - 1) if number else 0, self._partition.context_tokens)
         return (*kept, *self._block(rank, number))
 
     def _kept_from(self, number: int) -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.anchor import SharedAnchor
-from nemo_star.attention.cache import KVShape
+from nemo_star.attention.cache import KVCache, KVShape
 from nemo_star.attention.core import CoreAttention
 from nemo_star.attention.step import Handover, PrefillStep
 from nemo_star.methods.method import Method
@@ -35,11 +35,13 @@ class StarAttention(CoreAttention):
         *,
         shape: KVShape,
         layer_numbers: Sequence[int],
+        cache: KVCache,
     ) -> Handover | None:
         """The anchor's K/V, where later blocks want them; None where each computes its own."""
         assert isinstance(method, Star)
         anchor_size = method.sizes(partition.context_tokens)[1]
-        if not method.shares_anchor or anchor_size == 0 or partition.num_blocks == 1:
+        blocks = [block for blocks in partition.ranks for block in blocks]
+        if not method.shares_anchor or not any(block.sees for block in blocks):
             return None
         return SharedAnchor(
             group,
@@ -48,6 +50,7 @@ class StarAttention(CoreAttention):
             layer_numbers=layer_numbers,
             blocks_left=sum(block.index > 0 for block in partition.ranks[group.rank()]),
             ahead=not method.in_rounds,
+            cached=None if any(block.index == 0 for block in blocks) else cache,
         )
 
     def accompany(self, step: PrefillStep, like: Tensor) -> None:

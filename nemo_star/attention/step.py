@@ -22,7 +22,7 @@ class Handover(Protocol):
     """Spent on waiting for other ranks (CPU; a GPU waits in its own queue)."""
 
     def finish(self) -> None:
-        """After the rank's last block: take part in what others still need, free everything."""
+        """After the last round: free everything."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class PrefillStep:
     """Of the context: the block's own K/V go here."""
     handover: Handover | None = None
     tokens_by_rank: tuple[int, ...] = ()
-    """In flight on each cp rank at the same time, where ranks go through their blocks in step."""
+    """In flight on each cp rank at the same time."""
     number: int = 0
-    """Of the round: how many blocks of the rank came before."""
+    """Of the round: ranks go through their blocks in step."""
     preceding: PrecedingKV | None = None
     """What windowed layers see before the block; None where the stage has no such layers."""
 
@@ -57,8 +57,6 @@ class SequenceRows:
 
     start: int
     stop: int
-    context: KVCache
-    """K/V of the context on this rank; only read."""
     own: KVCache
     """K/V of the sequence's own tokens on this rank."""
     caches_own: bool
@@ -70,10 +68,21 @@ class SequenceRows:
 
 
 @dataclass(frozen=True)
+class ContextRows:
+    """Sequences that hang on the same context: rows [start, stop) of the step's tokens, which read its K/V together."""
+
+    start: int
+    stop: int
+    context: KVCache
+    """K/V of the context on this rank; only read."""
+    sequences: tuple[SequenceRows, ...]
+
+
+@dataclass(frozen=True)
 class DecodeStep:
     """Query or generated tokens of several sequences, one after the other along the token dimension."""
 
-    sequences: tuple[SequenceRows, ...]
+    contexts: tuple[ContextRows, ...]
 
 
 @dataclass
@@ -95,6 +104,8 @@ class AttentionState:
     """Of cached K/V."""
     decode_group: dist.ProcessGroup | None = None
     """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
+    completes_prefill: bool = False
+    """Whether prefill runs the last layer's attention and MLP, whose results nobody reads but a dump."""
     step: PrefillStep | DecodeStep | None = None
     query_scale: torch.Tensor | None = None
     """What the step's rotated queries are multiplied by, broadcast to [s, b, np, hn]; None: nothing."""

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
-from nemo_star.attention.preceding import PrecedingKV
-from nemo_star.attention.socket import attention_class
-from nemo_star.attention.step import AttentionState, DecodeStep, Handover, Near, PrefillStep, SequenceRows
-from nemo_star.engine.context import EncodedContext, Sequence, positions_from
-from nemo_star.methods.partition import Block, Partition
+from nemo_star.attention.step import AttentionState, ContextRows, DecodeStep, Near, PrefillStep, SequenceRows
+from nemo_star.engine.context import EncodedContext, Sequence, block_spans_backwards, positions_from
+from nemo_star.engine.encoding import BlockEncoding, Encoding, GoingOn
+from nemo_star.methods.method import Method
+from nemo_star.methods.partition import Partition
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.groups import Groups, gather_objects
 
 MAX_RESERVED_TOKENS = 4096
 """Allocated for query and answer from the start; an answer seldom takes all the tokens that it may."""
-
-NO_BLOCK = Block(-1, ())
-"""Of a rank that only accompanies others."""
 
 Choose = Callable[[Tensor], tuple[int, bool]]
 """Logits [vocab] float32 -> (token, whether it ends the answer). Asked on the replica's first rank only."""
@@ -70,43 +65,49 @@ class Engine:
         over = f", decode {decode}" if self.groups.cp.size() > 1 else ""
         return f"kernel {self.state.kernel.name}, {str(self.dtype).removeprefix('torch.')}{over}"
 
-    @torch.inference_mode()
-    def encode(self, context_ids: Ids[int], *, on_block: Callable[[], None] = lambda: None) -> EncodedContext:
-        """Phase 1: the K/V of a context. Ranks exchange nothing but what their attention needs.
+    def begin(self, context_ids: Ids[int] | Tensor) -> Encoding:
+        """Phase 1, step by step: the K/V of a context. Ranks exchange nothing but what their attention needs.
 
         Args:
             context_ids: the whole context, on every rank.
-            on_block: called after each of this rank's blocks.
         """
-        started = time.perf_counter()
-        partition = self.method.partition(len(context_ids), self.groups.cp.size())
-        cp_rank = self.groups.cp.rank()
-        cache = KVCache(self.state.cache_dtype, capacity=partition.tokens_of(cp_rank))
+        ids = torch.as_tensor(context_ids, dtype=torch.int32)
+        blocks = self.method.partition(len(ids), self.groups.cp.size())
+        cache = KVCache(self.state.cache_dtype, capacity=blocks.tokens_of(self.groups.cp.rank()))
         cache.reserve(self.stage.full_layer_numbers, self.stage.kv_shape)
-        window = self.stage.window
-        preceding = None if window is None else PrecedingKV(self.groups.cp, partition, window=window)
-        handover = attention_class(self.method).handover(
-            self.method,
-            partition,
-            self.groups.cp,
-            shape=self.stage.kv_shape,
-            layer_numbers=self.stage.full_layer_numbers,
-        )
-        ids = torch.tensor(context_ids, device=self.device)
-        blocks = partition.ranks[cp_rank]
-        in_flight = self._in_flight(partition)
-        for number in range(partition.rounds if self.stage.in_step else len(blocks)):
-            block = blocks[number] if number < len(blocks) else NO_BLOCK
-            step = PrefillStep(block, partition, cache, handover, in_flight[number], number, preceding)
-            if block is NO_BLOCK:
-                with self._step(step, ids[:0]):
-                    self.stage.accompany(step)
-            else:
-                self._encode_block(ids, step)
-                on_block()
-        waited = _finished(handover) + (preceding.waited_seconds if preceding else 0.0)
-        self.synchronize()
-        return EncodedContext(cache, partition, self.method, time.perf_counter() - started, waited)
+        nothing = Partition(0, tuple(() for _ in blocks.ranks))
+        return BlockEncoding(self, EncodedContext(ids[:0], cache, nothing, self.method.pinned(len(ids))), ids, blocks)
+
+    def extend(self, context: EncodedContext, context_ids: Ids[int] | Tensor) -> Encoding:
+        """A context goes on, step by step: in the end its K/V are those of the longer text encoded at its block size.
+
+        Sequences that hang on it end with that.
+
+        Args:
+            context_ids: what is added.
+        """
+        ids = torch.cat((context.ids, torch.as_tensor(context_ids, dtype=torch.int32)))
+        first = context.method.goes_on_from(context.tokens)
+        if first < context.tokens:
+            context.cut(first, self.groups.cp.rank())
+        blocks = context.method.going_on(context.partition, len(ids))
+        return GoingOn(self, context, ids) if blocks is None else BlockEncoding(self, context, ids, blocks)
+
+    def encode(self, context_ids: Ids[int] | Tensor, *, on_block: Callable[[], None] = lambda: None) -> EncodedContext:
+        """A context, all at once; `on_block` is called after each of this rank's blocks."""
+        return finished(self.begin(context_ids), on_block)
+
+    def encode_block(self, step: PrefillStep, method: Method, context_ids: Tensor) -> None:
+        """Run a block through the stage; without a block, take part in what other ranks exchange."""
+        spans = method.in_flight(step.block)
+        if not spans:
+            with self._step(step, context_ids[:0]):
+                self.stage.accompany(step)
+            return
+        positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
+        ids, at = context_ids[positions].to(self.device), positions.to(self.device)
+        with self._step(step, at):
+            self.stage.encode(ids, at, torch.tensor([len(context_ids)], device=self.device))
 
     def prefill_report(self, context: EncodedContext) -> PrefillReport:
         """What encoding took on all ranks of the replica, which all ask; K/V as counted in their caches."""
@@ -120,6 +121,10 @@ class Engine:
         cache = KVCache(self.state.cache_dtype, capacity=min(max_tokens, MAX_RESERVED_TOKENS))
         return Sequence(context, cache, [0] * self.groups.cp.size())
 
+    def truncate(self, sequence: Sequence, tokens: int) -> None:
+        """Roll a sequence back to its first `tokens` own tokens."""
+        sequence.truncate(tokens, self.groups.cp.rank())
+
     @torch.inference_mode()
     def decode(self, batch: Iterable[tuple[Sequence, Ids[int]]]) -> Tensor | None:
         """Phase 2, one step: run the next tokens of each sequence, which see its context and what came before them.
@@ -127,33 +132,28 @@ class Engine:
         Returns:
             logits [sequences, vocab] float32 after the last token of each, on the replica's first rank.
         """
+        rows = [_Row(place, sequence, list(tokens)) for place, (sequence, tokens) in enumerate(batch)]
+        together: dict[int, list[_Row]] = {}
+        for row in rows:
+            together.setdefault(id(row.sequence.context), []).append(row)
         ids: list[int] = []
+        lengths: list[int] = []
         positions: list[Tensor] = []
-        contexts: list[int] = []
-        rows = []
-        for sequence, tokens in batch:
-            start, position = len(ids), sequence.position
-            positions.append(torch.arange(position, position + len(tokens), device=self.device))
-            caches_own = sequence.deal(len(tokens)) == self.groups.cp.rank()
-            if caches_own:
-                sequence.cached(position, position + len(tokens))
-            ids += tokens
-            contexts += [sequence.context.tokens] * len(tokens)
-            rows.append(
-                SequenceRows(
-                    start,
-                    len(ids),
-                    sequence.context.cache,
-                    sequence.cache,
-                    caches_own=caches_own,
-                    position=position,
-                    near=self._near(sequence, position),
-                )
-            )
-        last = [row.stop - 1 for row in rows]
+        last = [0] * len(rows)
+        contexts = []
+        for of_context in together.values():
+            start, sequences = len(ids), []
+            for row in of_context:
+                sequences.append(self._sequence_rows(row.sequence, len(ids), len(row.tokens)))
+                position = sequences[-1].position
+                positions.append(torch.arange(position, position + len(row.tokens), device=self.device))
+                ids += row.tokens
+                lengths += [row.sequence.context.tokens] * len(row.tokens)
+                last[row.place] = len(ids) - 1
+            contexts.append(ContextRows(start, len(ids), of_context[0].sequence.context.cache, tuple(sequences)))
         position_ids = torch.cat(positions)
-        input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, contexts))
-        with self._step(DecodeStep(tuple(rows)), position_ids):
+        input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, lengths))
+        with self._step(DecodeStep(tuple(contexts)), position_ids):
             logits = self.stage.decode(input_ids, position_ids, context_tokens, last)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
             logits = self.stage.logits_to_first(logits, len(last))
@@ -170,32 +170,40 @@ class Engine:
         tokens = list(query_ids)
         for _ in range(max_tokens):
             logits = self.decode([(sequence, tokens)])
-            token, ended = self._agree(None if logits is None else logits[0], choose)
+            chosen = None if logits is None or choose is None else [choose(logits[0])]
+            ((token, ended),) = self.agree(chosen, 1)
             yield Step(token, None if logits is None else logits[0])
             if ended:
                 return
             tokens = [token]
 
-    def _near(self, sequence: Sequence, position: int) -> Near | None:
-        """What windowed layers see from `position` on."""
-        if self.stage.window is None:
-            return None
-        first = position - self.stage.window + 1
-        spans = sequence.context.partition.spans_of(self.groups.cp.rank())
-        return Near(
-            *(torch.tensor(positions_from(held, first), device=self.device) for held in (spans, sequence.own_spans))
-        )
+    def agree(self, chosen: Ids[tuple[int, bool]] | None, count: int) -> list[tuple[int, bool]]:
+        """The first rank's choices (token, ended), on every rank: machines may round differently, and all must stop
+        together.
 
-    def _in_flight(self, partition: Partition) -> list[tuple[int, ...]]:
-        """Tokens in flight on each cp rank, for its first block, its second, and so on until no rank has any."""
-        tokens = [[self.method.tokens_in_flight(block) for block in blocks] for blocks in partition.ranks]
-        return list(zip_longest(*tokens, fillvalue=0))
+        Args:
+            chosen: on the replica's first rank; the others may give None.
+        """
+        choices = torch.zeros(count, 2, dtype=torch.int64, device=self.device)
+        if chosen is not None:
+            choices.copy_(torch.tensor([[token, int(ended)] for token, ended in chosen]))
+        if self.groups.replica.size() > 1:
+            dist.broadcast(choices, group=self.groups.replica, group_src=0)
+        return [(token, bool(ended)) for token, ended in choices.tolist()]
 
-    def _encode_block(self, context_ids: Tensor, step: PrefillStep) -> None:
-        spans = self.method.in_flight(step.block)
-        positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in spans])
-        with self._step(step, positions):
-            self.stage.encode(context_ids[positions], positions, torch.tensor([len(context_ids)], device=self.device))
+    def _sequence_rows(self, sequence: Sequence, start: int, tokens: int) -> SequenceRows:
+        """The next tokens of a sequence, in rows from `start` on; their K/V go to the rank that holds least."""
+        if sequence.revision != sequence.context.revision:
+            raise ValueError("the context has gone on since this sequence began: begin another one on it")
+        position, rank = sequence.position, self.groups.cp.rank()
+        caches_own = sequence.deal(tokens) == rank
+        near = None
+        if self.stage.window is not None:
+            first = position - self.stage.window + 1
+            of_context = block_spans_backwards(sequence.context.partition.ranks[rank])
+            held = (of_context, sequence.own_spans_backwards(rank))
+            near = Near(*(torch.tensor(positions_from(spans, first), device=self.device) for spans in held))
+        return SequenceRows(start, start + tokens, sequence.cache, caches_own, position, near)
 
     @contextmanager
     def _step(self, step: PrefillStep | DecodeStep, positions: Tensor) -> Iterator[None]:
@@ -208,27 +216,24 @@ class Engine:
         finally:
             state.step = state.query_scale = state.windowed_query_scale = None
 
-    def _agree(self, logits: Tensor | None, choose: Choose | None) -> tuple[int, bool]:
-        """The first rank's choice, on every rank: machines may round differently, and all must stop together."""
-        choice = torch.zeros(2, dtype=torch.int64, device=self.device)
-        if logits is not None:
-            assert choose is not None
-            token, ended = choose(logits)
-            choice[0], choice[1] = token, int(ended)
-        if self.groups.replica.size() > 1:
-            dist.broadcast(choice, group=self.groups.replica, group_src=0)
-        token, ended = choice.tolist()
-        return token, bool(ended)
-
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def _finished(handover: Handover | None) -> float:
-    """Seconds that a prefill waited for its handover, which ends."""
-    if handover is None:
-        return 0.0
-    handover.finish()
-    return handover.waited_seconds
+def finished(encoding: Encoding, on_block: Callable[[], None] = lambda: None) -> EncodedContext:
+    """All steps of an encoding; `on_block` is called after those in which this rank encoded something."""
+    while encoding.steps_left:
+        if encoding.advance():
+            on_block()
+    return encoding.context
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sequence's place in a batch, and its next tokens."""
+
+    place: int
+    sequence: Sequence
+    tokens: list[int]

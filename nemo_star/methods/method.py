@@ -100,6 +100,10 @@ class Method(ABC):
             raise ValueError(f"attention={self.kind} does not take models with windowed layers or sinks")
         return self
 
+    def pinned(self, context_tokens: int) -> Method:
+        """The same with the sizes that a context of this length has, which stay when the context goes on."""
+        return self
+
     # How the context is dealt out
 
     def sizes(self, context_tokens: int) -> tuple[int, int]:
@@ -113,6 +117,19 @@ class Method(ABC):
     @abstractmethod
     def partition(self, context_tokens: int, cp_size: int) -> Partition:
         """How a context of this length is cut, and dealt out over the cp ranks."""
+
+    def goes_on_from(self, context_tokens: int) -> int:
+        """First token that is encoded again when a context of this length goes on."""
+        return context_tokens
+
+    def going_on(self, partition: Partition, context_tokens: int) -> Partition | None:
+        """The blocks, by rank, that bring a context to this length, from `goes_on_from` on; None: tokens that go on see
+        everything before them, as in decode.
+
+        Args:
+            partition: of the context so far, less what is encoded again.
+        """
+        return None
 
     def check_heads(self, heads: int, groups: int, cp_size: int) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse head counts of one tensor-parallel rank that cp ranks cannot share.

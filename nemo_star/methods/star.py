@@ -12,6 +12,7 @@ its tokens run through the layers again with every block, as published (`recompu
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 from nemo_star.methods.method import CountedBlock, Exchange, Heads, Method, Share
 from nemo_star.methods.partition import Block, Partition, Span, band, length, triangle
@@ -38,6 +39,12 @@ class Star(Method):
         windowed.in_rounds = True
         return windowed
 
+    def pinned(self, context_tokens: int) -> Star:
+        block_size, anchor_size = self.sizes(context_tokens)
+        pinned = copy.copy(self)
+        pinned.settings = dataclasses.replace(self.settings, block_size=block_size, anchor_size=anchor_size)
+        return pinned
+
     @property
     def shares_anchor(self) -> bool:
         return self.settings.anchor == "shared"
@@ -63,6 +70,25 @@ class Star(Method):
         ]
         dealt = [self._numbers(len(blocks), cp_size, rank) for rank in range(cp_size)]
         return Partition(context_tokens, tuple(tuple(blocks[number] for number in numbers) for numbers in dealt))
+
+    def goes_on_from(self, context_tokens: int) -> int:
+        """The start of a short last block: it is encoded again with what fills it."""
+        block_size = self.sizes(context_tokens)[0]
+        return context_tokens // block_size * block_size
+
+    def going_on(self, partition: Partition, context_tokens: int) -> Partition:
+        """New blocks go to the ranks that hold least; in a model with windowed layers on in rounds."""
+        block_size, anchor_size = self.sizes(context_tokens)
+        held, cp_size = list(partition.tokens_by_rank), len(partition.ranks)
+        dealt: list[list[Block]] = [[] for _ in partition.ranks]
+        for start in range(partition.context_tokens, context_tokens, block_size):
+            block = self._block(start // block_size, start, min(start + block_size, context_tokens), anchor_size)
+            rank = block.index % cp_size if self.in_rounds else held.index(min(held))
+            if block.index == 0:
+                rank = 0  # which hands the anchor on
+            dealt[rank].append(block)
+            held[rank] += block.tokens
+        return Partition(context_tokens, tuple(map(tuple, dealt)))
 
     def describe(self, context_tokens: int) -> str:
         block_size, anchor_size = self.sizes(context_tokens)

@@ -20,7 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemo_star.attention.step import AttentionState, DecodeStep
+from nemo_star.attention.step import AttentionState, DecodeStep, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.methods.partition import shares
 from nemo_star.models.moe import MoE
@@ -42,21 +42,27 @@ def _bias_of(linear: Any) -> Tensor | None:
 class PhasedMLP(nn.Module):
     """Megatron's MLP, in chunks of tokens while the context is encoded, a slice of it in sharded decode.
 
+    Args:
+        is_last: of the model's last layer, whose results nobody reads while a context is encoded.
+
     Raises:
         ValueError: sharded decode of an MLP with experts or a fused norm that is no RMSNorm.
     """
 
     mlp: Any
 
-    def __init__(self, mlp: nn.Module, state: AttentionState) -> None:
+    def __init__(self, mlp: nn.Module, state: AttentionState, *, is_last: bool = False) -> None:
         super().__init__()
         self.mlp = mlp
         self.state = state
+        self.is_last = is_last
         if state.decode_group is not None:
             self._check_sliceable()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden [s, b, h] -> (out [s, b, h], bias or None)."""
+        if self.is_last and isinstance(self.state.step, PrefillStep) and not self.state.completes_prefill:
+            return torch.zeros_like(hidden), None
         if isinstance(self.state.step, DecodeStep) and self.state.decode_group is not None:
             return self._slice(hidden, self.state.decode_group), _bias_of(self.mlp.linear_fc2)
         if hidden.shape[0] <= MLP_CHUNK_TOKENS:
@@ -133,8 +139,11 @@ def install(model: GPTModel, state: AttentionState, sliced: frozenset[Sliced] = 
         sliced: what sharded decode divides (`decode_slices.sliced_matrices`).
     """
     for layer in model.decoder.layers:
-        if not isinstance(layer.mlp, MoE):  # which does the same for itself
-            layer.mlp = PhasedMLP(layer.mlp, state)
+        is_last = layer.layer_number == model.config.num_layers
+        if isinstance(layer.mlp, MoE):  # which does the same for itself
+            layer.mlp.is_last = is_last
+        else:
+            layer.mlp = PhasedMLP(layer.mlp, state, is_last=is_last)
         if state.decode_group is not None and "projection" in sliced:
             attention = layer.self_attention
             attention.linear_proj = SlicedProjection(attention.linear_proj, state, model.tp_group.size())

@@ -34,6 +34,7 @@ class LayerDump:
     def __init__(self, folder: Path, stage: Stage, state: AttentionState, groups: Groups) -> None:
         self._folder = folder
         self._state = state
+        state.completes_prefill = True
         self._groups = groups
         self._pass = 0
         self._tensors: dict[str, Tensor] = {}
@@ -45,6 +46,7 @@ class LayerDump:
         self._hooks.append(layers[-1].register_forward_hook(lambda *_: self._write()))
 
     def close(self) -> None:
+        self._state.completes_prefill = False
         for hook in self._hooks:
             hook.remove()
 

@@ -86,6 +86,8 @@ class MoE(nn.Module):
     groups: ClassVar[ProcessGroupCollection]
     state: ClassVar[AttentionState]
     place: ClassVar[ExpertLayout]
+    is_last = False
+    """Of the model's last layer, whose results nobody reads while a context is encoded."""
 
     @classmethod
     def bound(
@@ -117,6 +119,8 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """hidden [s, b, h] -> (out [s, b, h], no bias)."""
         tokens, step = hidden.flatten(0, 1), self.state.step
+        if self.is_last and isinstance(step, PrefillStep) and not self.state.completes_prefill:
+            return torch.zeros_like(hidden), None
         if isinstance(step, PrefillStep) and self.place.over_cp:
             return self._over_cp(tokens, step.tokens_by_rank).view_as(hidden), None
         out = torch.empty_like(tokens)

@@ -60,6 +60,7 @@ class Stage:
         windows = {layer.layer_number: layer.self_attention.core_attention.window for layer in model.decoder.layers}
         self.full_layer_numbers = [number for number, window in windows.items() if window is None]
         """Megatron's global, 1-based numbers of this stage's layers that see everything."""
+        self.windowed_layer_numbers = [number for number, window in windows.items() if window is not None]
         self.window = next((window for window in windows.values() if window is not None), None)
         """Tokens that a windowed layer's token sees, where the stage has such layers; one size for all of them."""
         if windowed_rotary is not None:
@@ -142,13 +143,6 @@ class Stage:
         windowed = self.windowed_rotary
         return scale, scale if windowed is None else windowed.query_scale(position_ids)
 
-    @property
-    def in_step(self) -> bool:
-        """Whether cp ranks have to run their blocks at the same time: they hold different experts, or each needs what
-        comes right before its block."""
-        divided = (isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp for layer in self.model.decoder.layers)
-        return self.window is not None or any(divided)
-
     def accompany(self, step: PrefillStep) -> None:
         """Take part in the work of other cp ranks for blocks of theirs, where this one has no more."""
         self._without_tokens(step)
@@ -170,10 +164,11 @@ class Stage:
         )
         hidden = torch.empty(0, shape.batch, self.model.config.hidden_size, dtype=shape.dtype, device=shape.device)
         for layer in self.model.decoder.layers:
+            core_attention = layer.self_attention.core_attention
             if step is None:
-                layer.self_attention.core_attention(q, k, v)
-            else:
-                layer.self_attention.core_attention.accompany(step, k)
+                core_attention(q, k, v)
+            elif not core_attention.only_caches:
+                core_attention.accompany(step, k)
             if isinstance(layer.mlp, MoE) and layer.mlp.place.over_cp:
                 layer.mlp(hidden)
 

@@ -75,7 +75,7 @@ def test_what_windowed_layers_see_before_a_block_is_there(kind, window, tokens, 
 class HandDelivered(PrecedingKV):
     def __init__(self, rank, partition, mail, *, window):
         self.rank, self.blocks, self.mail = rank, partition.ranks[rank], mail
-        super().__init__(SimpleNamespace(rank=lambda: rank), partition, window=window)
+        super().__init__(SimpleNamespace(rank=lambda: rank), partition, window=window, cached_from=0)
 
     def spans(self, number):
         return self.blocks[number].spans if number < len(self.blocks) else ()
