@@ -28,10 +28,17 @@ class InferenceConfig:
     """Texts that end an answer and are not part of it; a special token's text stands for the token."""
     ignore_eos: bool = False
     """Generate on after the model's end token, up to tokens_to_generate."""
+    max_batch_size: int = 16
+    """Answers that decode together."""
+    steps_per_block: int = 1
+    """Tokens that answers under way get between two blocks of a context that is being encoded."""
 
     def __post_init__(self) -> None:
         if self.tokens_to_generate < 1:
             raise ValueError(f"inference.tokens_to_generate={self.tokens_to_generate} must be at least 1")
+        for name in ("max_batch_size", "steps_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1")
         if not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
                 f"inference.temperature={self.temperature} must be {MIN_TEMPERATURE} or more; "

@@ -7,7 +7,7 @@ what a rank computes, reads and exchanges; waiting for one another, imbalance be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
@@ -117,10 +117,9 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block, windo
 def prefill_seconds(work: Workload, clock: Clock) -> float:
     """Seconds of the slowest rank: its blocks through its layers, after the stages before it have had the first one."""
     stages = work.layout.pp
-    layers = stage_windows(work.model, stages, 0)
     slowest = 0.0
     for rank in rank_work(work):
-        times = [(_stage_seconds(work, clock, rank, block, layers), block, count) for block, count in rank.blocks]
+        times = [(_stage_seconds(work, clock, rank, block), block, count) for block, count in rank.blocks]
         if times:
             passing, block, _ = max(times, key=lambda time: time[0])
             size = work.method.tokens_in_flight(block) * work.model.hidden_size * work.dtype_bytes
@@ -129,11 +128,16 @@ def prefill_seconds(work: Workload, clock: Clock) -> float:
     return slowest
 
 
-def _stage_seconds(
-    work: Workload, clock: Clock, rank: RankWork, block: Block, layers: Mapping[int | None, int]
-) -> float:
-    """One block through layers, so many of each window."""
-    return sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
+def _stage_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block) -> float:
+    """One block through the first stage, which has most to do; if it is the only one, its last layer is left with what
+    makes keys and values."""
+    only_caches = work.layout.pp == 1 and not work.completes_prefill
+    layers = stage_windows(work.model, work.layout.pp, 0, less=only_caches)
+    seconds = sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
+    if only_caches:
+        last = layer_time(work, clock, rank, block)
+        seconds += last.qkv + last.projection + last.other
+    return seconds
 
 
 def decode_seconds(work: Workload, clock: Clock) -> float:

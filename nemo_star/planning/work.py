@@ -33,6 +33,8 @@ class Workload:
     decode: str | None = None
     """replicated or sharded; None: as the engine chooses."""
     device_type: str = "cuda"
+    completes_prefill: bool = False
+    """Whether the last layer's attention and FFN run, whose results nobody reads: in published programs."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -67,16 +69,22 @@ class Workload:
     @property
     def flops(self) -> int:
         """Operations of all ranks in a prefill."""
-        return prefill_flops(self.model, self.method, self.context_tokens, self.layout.cp)
+        complete = self.completes_prefill
+        return prefill_flops(self.model, self.method, self.context_tokens, self.layout.cp, complete=complete)
 
     def resized(self, block_size: int) -> Workload:
         """The same with blocks (and an anchor) of another size."""
         return dataclasses.replace(self, method=self.method.resized(block_size))
 
 
-def stage_windows(model: ModelConfig, stages: int, stage: int) -> Counter[int | None]:
-    """How many layers of a pipeline stage have which window; None: those that see everything."""
-    return Counter(map(model.window_of, range(*shares(model.num_layers, stages)[stage])))
+def stage_windows(model: ModelConfig, stages: int, stage: int, *, less: int = 0) -> Counter[int | None]:
+    """How many layers of a pipeline stage have which window; None: those that see everything.
+
+    Args:
+        less: layers at its end that do not count.
+    """
+    start, stop = shares(model.num_layers, stages)[stage]
+    return Counter(map(model.window_of, range(start, stop - less)))
 
 
 @dataclass(frozen=True)
