@@ -124,20 +124,25 @@ def prefill_seconds(work: Workload, clock: Clock) -> float:
             passing, block, _ = max(times, key=lambda time: time[0])
             size = work.method.tokens_in_flight(block) * work.model.hidden_size * work.dtype_bytes
             fill = (stages - 1) * (passing + clock.exchange(size, min(stages, 2), _pipeline_span(work)))
+            if stages > 1:  # the last stage has less to do: it is done with its last block sooner
+                fill -= _left_out_seconds(work, clock, rank, block)
             slowest = max(slowest, sum(seconds * count for seconds, _, count in times) + fill)
     return slowest
 
 
 def _stage_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block) -> float:
-    """One block through the first stage, which has most to do; if it is the only one, its last layer is left with what
-    makes keys and values."""
-    only_caches = work.layout.pp == 1 and not work.completes_prefill
-    layers = stage_windows(work.model, work.layout.pp, 0, less=only_caches)
+    """One block through the first stage, which has most to do."""
+    layers = stage_windows(work.model, work.layout.pp, 0)
     seconds = sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
-    if only_caches:
-        last = layer_time(work, clock, rank, block)
-        seconds += last.qkv + last.projection + last.other
-    return seconds
+    return seconds - (_left_out_seconds(work, clock, rank, block) if work.layout.pp == 1 else 0.0)
+
+
+def _left_out_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block) -> float:
+    """What the last layer does not do: all that it is there for are keys and values."""
+    if work.completes_prefill:
+        return 0.0
+    last = layer_time(work, clock, rank, block, work.model.window_of(work.model.num_layers - 1))
+    return last.attention + last.ffn + last.exposed
 
 
 def decode_seconds(work: Workload, clock: Clock) -> float:

@@ -77,14 +77,9 @@ class Workload:
         return dataclasses.replace(self, method=self.method.resized(block_size))
 
 
-def stage_windows(model: ModelConfig, stages: int, stage: int, *, less: int = 0) -> Counter[int | None]:
-    """How many layers of a pipeline stage have which window; None: those that see everything.
-
-    Args:
-        less: layers at its end that do not count.
-    """
-    start, stop = shares(model.num_layers, stages)[stage]
-    return Counter(map(model.window_of, range(start, stop - less)))
+def stage_windows(model: ModelConfig, stages: int, stage: int) -> Counter[int | None]:
+    """How many layers of a pipeline stage have which window; None: those that see everything."""
+    return Counter(map(model.window_of, range(*shares(model.num_layers, stages)[stage])))
 
 
 @dataclass(frozen=True)
