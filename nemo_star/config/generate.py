@@ -87,6 +87,8 @@ class GenerateConfig(LLMConfig):
     output: str | None = None
     """File of JSON lines, one for each line of `input` in the same order; an existing one is refused unless resumed or
     overwritten."""
+    interactive: bool = False
+    """A conversation about one context instead: questions from standard input (tools/chat.py)."""
     resume: bool = False
     """Continue `output` where an earlier run ended."""
     overwrite: bool = False
@@ -106,12 +108,24 @@ class GenerateConfig(LLMConfig):
                 raise ValueError(f"input={self.input} goes without {', '.join(single)}: one JSONL file or one question")
         else:
             self._check_single("context")
-            self._check_single("query")
+            if not self.interactive:
+                self._check_single("query")
             if self.context_file == "-" and self.query_file == "-":
                 raise ValueError("context_file=- and query_file=- cannot both be read from standard input")
         self._check_output()
+        if self.interactive:
+            self._check_interactive()
         if self.debug.dump is not None and self.parallel.sequence_parallel:
             raise ValueError("debug.dump needs whole hidden states: parallel.sequence_parallel=false")
+
+    def _check_interactive(self) -> None:
+        beside = ("query", "query_file", "input", "output", "output_logits")
+        if given := [name for name in beside if getattr(self, name) is not None]:
+            raise ValueError(f"interactive=true takes questions as they are typed: without {', '.join(given)}")
+        if self.context_file == "-":
+            raise ValueError(
+                "interactive=true reads questions from standard input: context_file=- cannot be read there"
+            )
 
     def _check_single(self, name: str) -> None:
         text, file = getattr(self, name), getattr(self, f"{name}_file")

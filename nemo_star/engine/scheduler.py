@@ -59,8 +59,6 @@ class Question:
     """Generated ones of each answer."""
     left: int = 0
     """Answers under way."""
-    began: float = 0.0
-    """When the work on it began, its context's where that was for its sake."""
 
 
 @dataclass(eq=False)
@@ -165,14 +163,13 @@ class Scheduler:
         opened = self._open_context(work)
         if opened is None:
             return
-        work.began = question.began = started
+        work.began = started
         if isinstance(opened, EncodedContext):
             work.context = opened
         else:
             self._encoding = work, opened
 
     def _admit(self, question: Question, context: EncodedContext) -> None:
-        question.began = question.began or time.perf_counter()
         sequence = question.sequence
         if sequence is None:
             sequence = self.engine.sequence(context, max_tokens=len(question.query_ids) + question.max_tokens)

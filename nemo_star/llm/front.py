@@ -228,19 +228,40 @@ class LLM:
         """A conversation about a book, in which each question sees the ones before it."""
         return Conversation(self, book)
 
+    def ids_after(self, so_far: list[int], turns: Sequence[tuple[Text, str | None]], query: Text) -> list[int]:
+        """Token ids of a conversation after its book, up to the next answer.
+
+        Args:
+            so_far: what has been said, in tokens.
+            turns: the same, as (question, answer).
+        """
+        if self.config.chat_template and isinstance(query, str):
+            said = [(question, answer or "") for question, answer in turns if isinstance(question, str)]
+            if len(said) < len(turns):
+                raise ValueError("a conversation by chat template takes all its questions as text")
+            variables = self.config.chat_template_kwargs
+            return on_first_rank(lambda: self._ids_of_turns([*said, (query, "")], variables))
+        return [*so_far, *self._ids([("query", query)])[0]]
+
     def go_on(
-        self, book: Book, sequence: SequenceOfTokens, pending: Sequence[int], query: Text, params: SamplingParams
-    ) -> tuple[Result, tuple[int, ...]]:
-        """The next turn of a `Conversation`, on every replica; with it the tokens that are still to be run."""
+        self,
+        book: Book,
+        sequence: SequenceOfTokens,
+        run: list[int],
+        params: SamplingParams,
+        *,
+        show: Callable[[str], None] = lambda text: None,
+    ) -> Result:
+        """The next turn of a `Conversation`, on every replica: run these tokens, then generate."""
         with self.watchdog.resumed():
             self.check_sampling(params)
-            query_ids = [*pending, *self._ids([("query", query)])[0]]
-            self.check(book.tokens, sequence.tokens + len(query_ids) + params.max_tokens)
-            question = self.question(book.work(), query_ids, params, sequence=sequence)
+            self.check(book.tokens, sequence.tokens + len(run) + params.max_tokens)
+            shows = show if self.groups.dp.rank() == 0 else lambda text: None
+            question = self.question(book.work(), run, params, sequence=sequence, show=shows)
             self.scheduler().answer(question)
             result = gather_objects(self.results(question)[0])[0]
         assert result is not None
-        return result, (question.tokens[0][-1],)
+        return result
 
     def scheduler(self, **options: Any) -> Scheduler:
         """A loop on this rank's replica."""
@@ -271,6 +292,14 @@ class LLM:
     def results(self, question: Question) -> list[Result | None]:
         """Of each sample of an answered question; None on ranks that did not choose."""
         return [answer.finish() if isinstance(answer, Completion) else None for answer in question.answers]
+
+    def token_ids(self, name: str, text: Text) -> list[int]:
+        """Token ids of a `context` or `query`, tokenized once for all ranks.
+
+        Raises:
+            ValueError: an empty or unknown text or token.
+        """
+        return self._ids([(name, text)])[0]
 
     def check(self, context_tokens: int, new_tokens: int = 0) -> list[str]:
         """Refuse sizes that cannot run; warnings of those that hardly make sense.
@@ -326,6 +355,11 @@ class LLM:
                     found[number] = chosen
         ordered = [tuple(found[number]) for number in range(len(query_ids))]
         return [replace(samples[0], samples=samples) for samples in ordered]
+
+    def _ids_of_turns(self, turns: list[tuple[str, str]], variables: Mapping[str, Any] | None) -> list[int]:
+        check_text("query", turns[-1][0], self.tokenizer)
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_turns(turns, template_kwargs=variables)
 
     def _ids(self, texts: Sequence[tuple[str, Text]]) -> list[list[int]]:
         """Token ids of named texts, tokenized once for all ranks."""

@@ -38,6 +38,8 @@ class Feed:
         self._laid_out = 0
         self._ended = False
         self._drawn: int | None = None
+        self.took_first = False
+        """Whether the group taken last was the first of all."""
 
     def lay_out(self, read: Callable[[], Request | BadRequest | None]) -> None:
         """On rank 0: read on while few groups are left to take; `read` gives None after the last item."""
@@ -83,7 +85,7 @@ class Feed:
             time.sleep(_REST_SECONDS)
         group: Group = pickle.loads(self._store.get(key))
         self._store.delete_key(key)
-        self._drawn = None
+        self.took_first, self._drawn = self._drawn == 0, None
         return group
 
     def give(self, index: int, answer: Answer) -> None:

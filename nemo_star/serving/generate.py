@@ -73,11 +73,8 @@ class Generation:
         llm.load_weights()
         on_first_rank(self._start)
         inference = self.config.inference
-        dumps = self.config.debug.dump is not None
-        if dumps and llm.groups.dp.rank() == 0:
-            self._dump = LayerDump(Path(str(self.config.debug.dump)), llm.engine.stage, llm.engine.state, llm.groups)
         self._scheduler = llm.scheduler(
-            max_batch_size=1 if dumps else inference.max_batch_size,
+            max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
             steps_per_block=inference.steps_per_block,
             open_context=self._open_context,
         )
@@ -122,7 +119,10 @@ class Generation:
     def _take_in(self, *, wait: bool) -> bool:
         """Questions of the next group, on all ranks of the replica; whether there may be more."""
         with self.llm.watchdog.suspended("reading requests"):
-            group = on_first_rank(lambda: self._take(wait), self.llm.groups.replica)
+            group, is_first = on_first_rank(lambda: (self._take(wait), self._feed.took_first), self.llm.groups.replica)
+        if group and is_first and self.config.debug.dump is not None:
+            llm, folder = self.llm, Path(self.config.debug.dump)
+            self._dump = LayerDump(folder, llm.engine.stage, llm.engine.state, llm.groups)
         for request in group or []:
             work = self._work_of(request)
             params = replace(
@@ -192,11 +192,8 @@ class Generation:
             work = question.work
             assert result is not None
             assert work.report is not None
-            waited = work.report.seconds if question.began == work.began else 0.0
-            self._feed.give(
-                request.index,
-                answer_of(request, result, work.report, prefill_seconds=waited, began=question.began),
-            )
+            assert work.began is not None
+            self._feed.give(request.index, answer_of(request, result, work.report, work.began))
         if dist.get_rank() == 0:
             self._write_answers()
 

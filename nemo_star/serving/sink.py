@@ -28,18 +28,12 @@ class Answer:
     logits: Tensor | None
 
 
-def answer_of(
-    request: Request, result: Result, prefill: PrefillReport, *, prefill_seconds: float, began: float
-) -> Answer:
-    """A line with its times.
-
-    Args:
-        prefill_seconds: that this request waited for its context; 0 where another one had it encoded.
-        began: when the work for the request began (`time.perf_counter`).
-    """
+def answer_of(request: Request, result: Result, prefill: PrefillReport, began: float) -> Answer:
+    """A line with its times, in seconds since work on the request's context `began` (`time.perf_counter`), for whose
+    sake ever it was encoded."""
     first, last = result.token_times[0], result.token_times[-1]
     stats = {
-        "prefill_seconds": prefill_seconds,
+        "prefill_seconds": prefill.seconds,
         "time_to_first_token_seconds": first - began,
         "decode_tokens_per_second": (len(result.token_ids) - 1) / (last - first) if last > first else None,
         "kv_tokens_per_cp_rank": prefill.kv_tokens_per_cp_rank,
