@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from nemo_star.config.model import ModelConfig
-from nemo_star.models.families.weights import decoder_weights
+from nemo_star.models.families.decoder import decoder_weights
 
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

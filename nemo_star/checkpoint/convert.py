@@ -28,7 +28,7 @@ from nemo_star.checkpoint.stream import Chunk, DistCheckpointReader, write_dist_
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families import families
 from nemo_star.models.families.family import Family
-from nemo_star.models.families.weights import Weight
+from nemo_star.models.families.weights import Place, Weight
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -92,22 +92,11 @@ def _write(
 
 def _chunks(reader: Source, model: ModelConfig, family: Family, dtype: torch.dtype | None) -> Iterator[Chunk]:
     """Every tensor of the mapping table as chunks of the dist_checkpoint, shapes checked from the headers."""
-    known = set()
+    known: set[str] = set()
     for weight in family.weights(model):
-        shape = weight.shape(model)
         for place in weight.places(model):
-            names = list(place.hf_names)
-            known.update(names)
-            stored = _check_tensors(reader, names, weight.shapes(model))
-            wanted = None if weight.keeps_type else dtype
-            yield Chunk(
-                key=place.key,
-                global_shape=(*place.counts, *shape),
-                offsets=(*place.index, *(0 for _ in shape)),
-                shape=(*(1 for _ in place.index), *shape),
-                dtype=wanted or stored,
-                make=partial(_make, reader, names, weight, model, wanted),
-            )
+            known.update(place.hf_names)
+            yield from _chunks_of(reader, place, weight, model, None if weight.keeps_type else dtype)
     unknown = sorted(name for name in reader.names() if name not in known and not family.is_ignored(name, model))
     if unknown:
         raise ValueError(
@@ -116,8 +105,45 @@ def _chunks(reader: Source, model: ModelConfig, family: Family, dtype: torch.dty
         )
 
 
-def _make(reader: Source, names: list[str], weight: Weight, model: ModelConfig, dtype: torch.dtype | None) -> Tensor:
-    joined = weight.join([reader.get(name) for name in names], model)
+def _chunks_of(
+    reader: Source, place: Place, weight: Weight, model: ModelConfig, dtype: torch.dtype | None
+) -> Iterator[Chunk]:
+    """What is made of the tensors of one place: one chunk, or one for each expert that they hold."""
+    shape = weight.shape(model)
+    stored = _check_tensors(reader, list(place.hf_names), weight.shapes(model))
+    experts = shape[0] if weight.holds_experts else None
+    parts = _Parts(reader, place.hf_names, experts)
+    for expert in (None,) if experts is None else range(experts):
+        index, rest = (place.index, shape) if expert is None else ((*place.index, expert), shape[1:])
+        yield Chunk(
+            key=place.key,
+            global_shape=(*place.counts, *shape),
+            offsets=(*index, *(0 for _ in rest)),
+            shape=(*(1 for _ in index), *rest),
+            dtype=dtype or stored,
+            make=partial(_make, parts, expert, weight, model, dtype),
+        )
+
+
+class _Parts:
+    """Hugging Face tensors that chunks are made of. Those of several experts are read for the first, and kept until the
+    last has been made: chunks are made one after the other, so that they are the only ones in memory."""
+
+    def __init__(self, reader: Source, names: tuple[str, ...], experts: int | None) -> None:
+        self._reader, self._names, self._experts = reader, names, experts
+        self._kept: list[Tensor] = []
+
+    def of(self, expert: int | None) -> list[Tensor]:
+        """All, or the part of one expert, as a first dimension of one."""
+        parts = self._kept or [self._reader.get(name) for name in self._names]
+        if self._experts is None or expert is None:
+            return parts
+        self._kept = [] if expert == self._experts - 1 else parts
+        return [part[expert : expert + 1] for part in parts]
+
+
+def _make(parts: _Parts, expert: int | None, weight: Weight, model: ModelConfig, dtype: torch.dtype | None) -> Tensor:
+    joined = weight.join(parts.of(expert), model)
     return joined if dtype is None else joined.to(dtype)
 
 

@@ -1,4 +1,5 @@
-"""The language model inside a checkpoint that also sees: Mistral Small 3.1 and later and Ministral 3 come as one.
+"""The language model inside a checkpoint that also sees: Mistral Small 3.1 and later, Ministral 3, and Gemma 3 from 4B
+on come as one.
 
 Its tensors are read under the names that they have in a checkpoint of the language model alone; the others stay behind.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from nemo_star.checkpoint.hf import HFReader
 
 _ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
 }
 """Of the whole -> model type of the language model -> its architecture."""

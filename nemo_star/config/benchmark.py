@@ -26,6 +26,8 @@ _LLAMA_HAS = (
     "rotary_interleaved",
     "query_scaling",
     "embedding_scale",
+    "window_size",
+    "attention_sinks",
     "moe",
 )
 """Settings of a model's shape that must be as in Llama where transformers is compared with."""

@@ -51,6 +51,15 @@ class QueryScaling:
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """Experts' channels as gpt-oss has them: min(gate, limit) * sigmoid(alpha * min(gate, limit)) times up + 1, up kept
+    within -limit and limit."""
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """Layers whose FFN is a mixture of experts."""
 
@@ -74,6 +83,12 @@ class MoEConfig:
     """Whether a bias of each expert takes part in the choice, not in the weights."""
     shared_ffn_hidden_size: int = 0
     """Width inside the expert that every token goes through; 0: there is none."""
+    router_bias: bool = False
+    """Bias of the router's logits."""
+    add_expert_bias: bool = False
+    """Biases inside the routed experts."""
+    clamped_gate: ClampedGate | None = None
+    """How gate and up make an expert's channels; None: activation(gate) * up."""
     dense_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that have an FFN of `ffn_hidden_size` instead."""
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from nemo_star.attention.step import AttentionState, DecodeStep, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS, MoEConfig
 from nemo_star.methods.partition import shares
+from nemo_star.models.experts import Experts
 from nemo_star.parallel.experts import ExpertLayout
 from nemo_star.parallel.groups import all_gather
 
@@ -36,20 +36,23 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(moe.num_experts, dtype=dtype)) if moe.router_bias else None
         if moe.correction_bias:
             self.register_buffer("expert_bias", torch.empty(moe.num_experts, dtype=torch.float32))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [t, h] -> (weights [t, k] float32, experts [t, k] int64).
 
-        Softmax as in Mixtral and Qwen; sigmoid with a bias that only chooses, and groups of experts, as in DeepSeek-V3
+        Softmax as in Mixtral, Qwen and gpt-oss (whose softmax over the chosen ones is the same as their normalised part
+        of one over all); sigmoid with a bias that only chooses, and groups of experts, as in DeepSeek-V3
         (arXiv 2412.19437, section 2.1.2) and GLM-4.5.
         """
         moe = self.moe
         if moe.score_function == "softmax":
-            scores = F.linear(tokens, self.weight).softmax(dim=-1, dtype=torch.float32)
+            scores = F.linear(tokens, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
         else:
-            scores = F.linear(tokens.float(), self.weight.float()).sigmoid()
+            bias = None if self.bias is None else self.bias.float()
+            scores = F.linear(tokens.float(), self.weight.float(), bias).sigmoid()
         chosen = self._chosen(scores + self.expert_bias if moe.correction_bias else scores)
         weights = scores.gather(1, chosen)
         if moe.normalizes:
@@ -76,66 +79,6 @@ class Router(nn.Module):
         return self
 
 
-class Experts(nn.Module):
-    """Gated FFNs of several experts: gate, up [experts, ffn, h], down [experts, h, ffn]; or of the shared one, without
-    the first dimension.
-
-    Args:
-        counted: whether there is that dimension.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, experts: int, ffn: int, place: ExpertLayout, *, key: str, counted: bool
-    ) -> None:
-        super().__init__()
-        h, dtype = config.hidden_size, config.params_dtype
-        count = (experts,) if counted else ()
-        self.gate, self.up = (nn.Parameter(torch.empty(*count, ffn, h, dtype=dtype)) for _ in range(2))
-        self.down = nn.Parameter(torch.empty(*count, h, ffn, dtype=dtype))
-        self.activation = config.activation_func
-        self._place, self._key, self._counted = place, key, counted
-
-    def forward(self, expert: int, tokens: Tensor, mine: slice) -> Tensor:
-        """tokens [t, h] through the channels `mine` of an expert."""
-        gate, up, down = (weight[expert] if self._counted else weight for weight in (self.gate, self.up, self.down))
-        inner = self.activation(F.linear(tokens, gate[mine])) * F.linear(tokens, up[mine])
-        return F.linear(inner, down[:, mine])
-
-    @property
-    def ffn(self) -> int:
-        """Channels of an expert on this rank."""
-        return self.down.shape[-1]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """For Megatron's dist_checkpointing: `linear_fc1` holds gate and up one after the other."""
-        place, base = self._place, prefix.removesuffix("experts.").removesuffix("shared_") + self._key
-        ahead = len(sharded_offsets)
-        of_experts = ((ahead, place.ep_rank, place.ep),) if self._counted else ()
-        rows = ahead + self._counted
-
-        def shard(name: str, weight: Tensor, axis: int, index: int, count: int) -> ShardedTensor:
-            return ShardedTensor.from_rank_offsets(
-                f"{base}{name}.weight",
-                weight,
-                *sharded_offsets,
-                *of_experts,
-                (rows + axis, index, count),
-                replica_id=(0, 0, 0),
-                prepend_axis_num=ahead,
-            )
-
-        tp, rank = place.expert_tp, place.expert_tp_rank
-        if not self._counted:
-            tp, rank = place.tp, place.tp_rank
-        return {
-            f"{prefix}gate": shard("linear_fc1", self.gate, 0, rank, 2 * tp),
-            f"{prefix}up": shard("linear_fc1", self.up, 0, tp + rank, 2 * tp),
-            f"{prefix}down": shard("linear_fc2", self.down, 1, rank, tp),
-        }
-
-
 class MoE(nn.Module):
     """Router, experts and a shared expert. Built by Megatron's layer; `bound` gives it what the layer does not know."""
 
@@ -157,19 +100,10 @@ class MoE(nn.Module):
         super().__init__()
         moe, place = self.moe, self.place
         self.router = Router(moe, config.hidden_size, config.params_dtype)
-        self.experts = Experts(
-            config,
-            moe.num_experts // place.ep,
-            moe.ffn_hidden_size // place.expert_tp,
-            place,
-            key="experts.experts.",
-            counted=True,
-        )
+        self.experts = Experts(config, moe, place)
         self.shared_experts: Experts | None = None
         if moe.shared_ffn_hidden_size:
-            self.shared_experts = Experts(
-                config, 1, moe.shared_ffn_hidden_size // place.tp, place, key="shared_experts.", counted=False
-            )
+            self.shared_experts = Experts(config, moe, place, shared=True)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -54,14 +54,14 @@ def weight_elements(model: ModelConfig, layout: Layout, stage: int) -> int:
 
 
 def _attention_elements(model: ModelConfig, tp: int) -> int:
-    """Of one layer: attention's matrices and biases, and all norms."""
+    """Of one layer: attention's matrices, biases and sinks, and all norms."""
     matrices = model.layer_matrices
     heads = model.query_width + 2 * model.kv_width
     elements = (matrices["qkv"] + matrices["projection"] + model.add_qkv_bias * heads) // tp
     elements += model.add_projection_bias * model.hidden_size
     elements += {"pre": 2, "post": 2, "both": 4}[model.norms] * model.hidden_size
     qk_norms = {"none": 0, "head": 2 * model.kv_channels, "projection": (model.query_width + model.kv_width) // tp}
-    return elements + qk_norms[model.qk_norm]
+    return elements + qk_norms[model.qk_norm] + model.attention_sinks * model.num_attention_heads // tp
 
 
 def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
@@ -70,8 +70,10 @@ def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
     if moe is None or layer in moe.dense_layers:
         return (3 * hidden + 2 * model.add_mlp_bias) * ffn // layout.tp + model.add_mlp_bias * hidden
     place = ExpertLayout(layout)
-    routed = moe.num_experts // place.ep * 3 * hidden * moe.ffn_hidden_size // place.expert_tp
-    return routed + 3 * hidden * moe.shared_ffn_hidden_size // layout.tp + moe.num_experts * hidden
+    expert = (3 * hidden + 2 * moe.add_expert_bias) * moe.ffn_hidden_size // place.expert_tp
+    routed = moe.num_experts // place.ep * (expert + moe.add_expert_bias * hidden)
+    router = moe.num_experts * (hidden + moe.router_bias)
+    return routed + 3 * hidden * moe.shared_ffn_hidden_size // layout.tp + router
 
 
 def kv_bytes(work: Workload, stage: int, tokens: int) -> int:

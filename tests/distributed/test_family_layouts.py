@@ -17,7 +17,7 @@ RUNS = {
     "ulysses": ("ulysses", 1, 2, 2, "sharded", 1),
 }
 """Name -> (attention, tp, cp, pp, decode, ep) on four ranks; star has one block, which is exact."""
-MIXTURES = ("mixtral", "qwen3-moe", "qwen3-moe-mixed", "glm4-moe")
+MIXTURES = ("mixtral", "qwen3-moe", "qwen3-moe-mixed", "glm4-moe", "qwen3-moe-windows", "gpt-oss")
 EXPERT_RUNS = {
     "dense-experts-over-tp": ("dense", 2, 1, 2, "replicated", 2),
     "star-experts-over-cp": ("star", 1, 4, 1, "replicated", 4),

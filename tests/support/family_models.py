@@ -110,8 +110,89 @@ CASES = {
         },
     ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
+    "mistral-windows": ("Mistral", {"sliding_window": 16}),
+    "ministral3-windows": (
+        "Ministral3",
+        {
+            "head_dim": 16,
+            "sliding_window": 13,
+            "rope_parameters": YARN | {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 16},
+        },
+    ),
+    "mixtral-windows": ("Mixtral", {"num_local_experts": 4, "sliding_window": 11}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}),
+    "qwen3-windows": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3-moe-windows": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "phi3-windows": (
+        "Phi3",
+        {
+            "sliding_window": 15,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 0.8,
+            "swiglu_alpha": 1.3,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "attention_bias": True,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 30000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "olmo3": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 5,
+            "attention_bias": True,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+            },
+        },
+    ),
 }
-"""Name -> (transformers' prefix of Config and ForCausalLM, settings beside SIZES)."""
+"""Name -> (transformers' prefix of ForCausalLM, settings beside SIZES). Windows are shorter than any context here."""
 
 
 def save_model(folder, case):
@@ -119,14 +200,18 @@ def save_model(folder, case):
     import transformers
 
     family, settings = CASES[case]
-    torch.manual_seed(sorted(CASES).index(case))
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.manual_seed(sum(case.encode()))
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    # Eager: attention that knows sinks and takes any mask, experts that take float64.
+    config = kind.config_class(**{**SIZES, **settings}, experts_implementation="eager")
+    model = kind._from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
         elif name.endswith("bias"):
             torch.nn.init.uniform_(weight, -0.5, 0.5)
+        elif name.endswith("sinks"):
+            torch.nn.init.uniform_(weight, 0.5, 2.5)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.uniform_(bias, -0.3, 0.3)

@@ -157,7 +157,7 @@ BREAKAGES = {
     "config no json": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
     "other architecture": (
         lambda d: edit_config(d, architectures=["MambaForCausalLM"]),
-        "is of architecture MambaForCausalLM; supported: GlmForCausalLM, Glm4ForCausalLM",
+        "is of architecture MambaForCausalLM; supported: Gemma3ForCausalLM, GlmForCausalLM",
     ),
     "unsupported setting": (lambda d: edit_config(d, hidden_act="relu"), "hidden_act='relu' is not supported"),
     "missing size": (lambda d: edit_config(d, vocab_size=None), "config.json lacks vocab_size"),

@@ -1,14 +1,17 @@
 """Every family against transformers: logits and tokens, conversion both ways, what is refused."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from family_models import CASES, greedy, save_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemo_star import LLM, SamplingParams
 from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
+from nemo_star.checkpoint.hf import HFReader
+from nemo_star.checkpoint.stream import DistCheckpointReader
 from nemo_star.models.families import families
 from nemo_star.parallel.experts import ExpertLayout, check_experts
 from nemo_star.parallel.layout import Layout
@@ -49,6 +52,19 @@ def test_export_gives_back_the_same_tensors(converted, tmp_path):
     assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
 
 
+def test_experts_that_lie_together_are_read_once_and_stored_one_by_one(tmp_path, monkeypatch):
+    save_model(tmp_path / "hf", "gpt-oss")
+    read, get = Counter(), HFReader.get
+    monkeypatch.setattr(HFReader, "get", lambda self, name: read.update([name]) or get(self, name))
+    import_checkpoint(tmp_path / "hf", tmp_path / "converted", dtype=torch.bfloat16)
+    assert set(read.values()) == {1}
+    stored = DistCheckpointReader(tmp_path / "converted" / "weights").tensors
+    for part, shape in {"linear_fc1": (160, 48), "linear_fc2": (48, 80)}.items():
+        weight = stored[f"decoder.layers.mlp.experts.experts.{part}.weight"]
+        assert (weight.size, weight.properties.dtype) == ((4, 8, *shape), torch.bfloat16)
+        assert {tuple(chunk.sizes) for chunk in weight.chunks} == {(1, 1, *shape)}
+
+
 def test_the_planner_knows_the_weights(converted):
     llm = LLM(converted[2])
     held = sum(weight.numel() for weight in llm.engine.stage.model.parameters())
@@ -62,35 +78,60 @@ def values_of(family, **changed):
     return {**config, "sliding_window": None, **changed}
 
 
-def test_the_language_model_of_one_that_sees(tmp_path):
-    from transformers import (
-        Ministral3ForCausalLM,
-        Mistral3Config,
-        Mistral3ForConditionalGeneration,
-        PixtralVisionConfig,
-    )
+def whole_of_mistral(text):
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
 
-    alone = save_model(tmp_path / "alone", "ministral3")
-    vision = PixtralVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    config = Mistral3Config(vision_config=vision, text_config=alone.config, tie_word_embeddings=False)
-    whole = Mistral3ForConditionalGeneration(config)
+    config = Mistral3Config(vision_config=PixtralVisionConfig(**VISION), text_config=text, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
+def whole_of_gemma(text):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    config = Gemma3Config(vision_config=SiglipVisionConfig(**VISION), text_config=text, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "whole_of", "prefixes"),
+    [
+        ("ministral3", whole_of_mistral, {}),
+        ("gemma3", whole_of_gemma, {}),
+        # As transformers 4.52 and later hold it.
+        ("gemma3", whole_of_gemma, {"language_model.model.": "model.language_model.", "": "model."}),
+    ],
+)
+def test_the_language_model_of_one_that_sees(tmp_path, case, whole_of, prefixes):
+    alone = save_model(tmp_path / "alone", case)
+    whole = whole_of(alone.config)
     whole.model.language_model.load_state_dict(alone.model.state_dict())
     whole.lm_head.load_state_dict(alone.lm_head.state_dict())
     whole.save_pretrained(tmp_path / "hf")
+    if prefixes:
+        renamed = {}
+        for name, weight in load_file(tmp_path / "hf" / "model.safetensors").items():
+            old = next(prefix for prefix in prefixes if name.startswith(prefix))
+            renamed[prefixes[old] + name.removeprefix(old)] = weight
+        save_file(renamed, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     description = import_checkpoint(tmp_path / "hf", tmp_path / "converted")
-    assert description.architecture == "Ministral3ForCausalLM"
+    assert description.architecture == type(alone).__name__
     export_checkpoint(tmp_path / "converted", tmp_path / "back")
-    loaded = Ministral3ForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").state_dict()
+    loaded = type(alone).from_pretrained(tmp_path / "back", dtype="auto").state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in alone.state_dict().items())
     assert loaded.keys() == alone.state_dict().keys()
 
 
 REFUSED = {
-    "windows of Mistral 0.1": ("Mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
-    "windows of Qwen": ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-    "windows of Phi": ("Phi3", {"sliding_window": 2047}, "sliding_window=2047 is shorter"),
     "an activation": ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
     "a key that nobody knows": ("Llama", {"logit_scale": 0.5}, "logit_scale=0.5: not known for LlamaForCausalLM"),
     "a rope kind": (

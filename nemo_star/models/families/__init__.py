@@ -10,7 +10,7 @@ import pkgutil
 
 from nemo_star.models.families.family import Family
 
-_SHARED = frozenset({"family", "rope", "weights"})
+_SHARED = frozenset({"decoder", "experts", "family", "layers", "rope", "weights"})
 """The modules of this folder that are no families."""
 
 

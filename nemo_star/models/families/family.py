@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.strict import parse
-from nemo_star.models.families.rope import ROPE_KEYS, read_rope
+from nemo_star.models.families.rope import ROPE_KEYS, group, read_rope
 from nemo_star.models.families.weights import Weight
 
 Values = Mapping[str, Any]
@@ -59,6 +59,8 @@ class Family:
     """What a config.json without a key means, where transformers' class of this family says otherwise than Llama's."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Key -> values that are implemented; a missing key or null means the first of them."""
+    rope: Callable[[Values], Mapping[str, Any]] = group
+    """The rotary keys of the layers that see everything."""
     rotates_part: bool = False
     """Whether `partial_rotary_factor` may leave dimensions of a head unrotated."""
     read: frozenset[str] = frozenset()
@@ -73,7 +75,7 @@ class Family:
         Raises:
             ValueError: a size that is missing or no number, a setting that is not implemented or not known.
         """
-        values = {**self.defaults, **{name: value for name, value in values.items() if value is not None}}
+        values = self._with_defaults(values)
         self._check(values)
         shape: dict[str, Any] = {ours: values[theirs] for theirs, ours in _SIZES.items()}
         shape |= {
@@ -83,7 +85,7 @@ class Family:
             "layernorm_epsilon": values.get("rms_norm_eps", 1e-6),
             "share_embeddings_and_output_weights": values.get("tie_word_embeddings", False),
         }
-        shape |= read_rope(values)
+        shape |= read_rope(values, self.rope(values))
         if shape["rotary_percent"] != 1.0 and not self.rotates_part:
             raise ValueError(
                 f"config.json: partial_rotary_factor={shape['rotary_percent']!r} is not supported for "
@@ -100,6 +102,12 @@ class Family:
         tied = model.share_embeddings_and_output_weights and hf_name == "lm_head.weight"
         return tied or hf_name.endswith("rotary_emb.inv_freq") or self.ignores(hf_name, model)
 
+    def _with_defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Null means the default, as a missing key does; but of a window, that there is none."""
+        given = {name: value for name, value in values.items() if value is not None}
+        without = {"sliding_window"} & (values.keys() - given.keys())
+        return {**{name: value for name, value in self.defaults.items() if name not in without}, **given}
+
     def _check(self, values: Values) -> None:
         for name, supported in {"hidden_act": ("silu",), **self.required}.items():
             if values.get(name, supported[0]) not in supported:
@@ -108,6 +116,9 @@ class Family:
         missing = [name for name in _SIZES if name not in values]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        for name in _SIZES:
+            if type(values[name]) is not int:
+                raise ValueError(f"config.json: {name}={values[name]!r} must be of type int")
         known = {*_SIZES, *_READ, *_NO_MATHEMATICS, *ROPE_KEYS, *self.required, *self.read, "hidden_act"}
         unknown = sorted(
             name

@@ -7,8 +7,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import decoder_weights
 
 DEFAULTS = {
     "num_key_value_heads": 2,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from nemo_star.models.families.decoder import LLAMA_NORMS, POST_ATTENTION, POST_MLP, decoder_weights
 from nemo_star.models.families.family import Family, Values
 from nemo_star.models.families.glm import DEFAULTS, settings
-from nemo_star.models.families.weights import LLAMA_NORMS, POST_ATTENTION, POST_MLP, decoder_weights
 
 NORMS = {**LLAMA_NORMS, POST_ATTENTION: "post_self_attn_layernorm", POST_MLP: "post_mlp_layernorm"}
 

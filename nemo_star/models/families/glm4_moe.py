@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from nemo_star.config.model import ModelConfig
+from nemo_star.models.families.decoder import decoder_weights
+from nemo_star.models.families.experts import ExpertNames
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import ExpertNames, decoder_weights
 
 
 def _settings(values: Values) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import decoder_weights
 
 
 def _settings(values: Values) -> dict[str, Any]:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family, Values
+from nemo_star.models.families.layers import WINDOW_KEYS, read_windows
 from nemo_star.models.families.rope import group
-from nemo_star.models.families.weights import decoder_weights
 
 
 def _settings(values: Values) -> dict[str, Any]:
     rope = group(values)
     beta = rope.get("llama_4_scaling_beta")
     if not beta:
-        return {}
+        return read_windows(values)
     original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
-    return {"query_scaling": {"beta": beta, "original_max_position_embeddings": original}}
+    scaling = {"beta": beta, "original_max_position_embeddings": original}
+    return {"query_scaling": scaling, **read_windows(values)}
 
 
 FAMILY = Family(
@@ -31,5 +33,5 @@ FAMILY = Family(
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-5,
     },
-    required={"sliding_window": (None,)},
+    read=WINDOW_KEYS,
 )

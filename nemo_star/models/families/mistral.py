@@ -1,14 +1,15 @@
-"""Mistral 7B from v0.2 on, Mistral Nemo, Small and Large: Llama with a head dimension of its own."""
+"""Mistral 7B, Nemo, Small and Large: Llama with a head dimension of its own; all layers of version 0.1 are windowed."""
 
 from __future__ import annotations
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family
-from nemo_star.models.families.weights import decoder_weights
+from nemo_star.models.families.layers import WINDOW_KEYS, read_windows
 
 FAMILY = Family(
     "MistralForCausalLM",
     decoder_weights,
-    # A config.json without the key means 4,096 to transformers: version 0.1, whose layers are all windowed.
-    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
-    required={"sliding_window": (None,)},
+    read_windows,
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    read=WINDOW_KEYS,
 )

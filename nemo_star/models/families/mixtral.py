@@ -5,19 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
+from nemo_star.models.families.experts import ExpertNames
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import ExpertNames, decoder_weights
+from nemo_star.models.families.layers import read_windows
 
 NAMES = ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}", "w1", "w3", "w2")
 
 
 def _settings(values: Values) -> dict[str, Any]:
     return {
+        **read_windows(values),
         "moe": {
             "num_experts": values["num_local_experts"],
             "experts_per_token": values["num_experts_per_tok"],
             "ffn_hidden_size": values["intermediate_size"],
-        }
+        },
     }
 
 
@@ -33,9 +36,9 @@ FAMILY = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    required={"sliding_window": (None,)},
     read=frozenset(
         {
+            "sliding_window",
             "num_local_experts",
             "num_experts_per_tok",
             "output_router_logits",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from nemo_star.models.families.decoder import POST_ATTENTION, POST_MLP, decoder_weights
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import POST_ATTENTION, POST_MLP, decoder_weights
 
 NORMS = {POST_ATTENTION: "post_attention_layernorm", POST_MLP: "post_feedforward_layernorm"}
 
 
-def _settings(values: Values) -> dict[str, Any]:
+def settings(values: Values) -> dict[str, Any]:
     biases = values.get("attention_bias", False)
     return {"norms": "post", "qk_norm": "projection", "add_qkv_bias": biases, "add_projection_bias": biases}
 
@@ -19,7 +19,7 @@ def _settings(values: Values) -> dict[str, Any]:
 FAMILY = Family(
     "Olmo2ForCausalLM",
     partial(decoder_weights, norms=NORMS),
-    _settings,
+    settings,
     defaults={"rms_norm_eps": 1e-5},
     read=frozenset({"attention_bias"}),
 )

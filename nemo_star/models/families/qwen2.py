@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.weights import decoder_weights
+from nemo_star.models.families.layers import WINDOW_KEYS, read_windows
 
-WINDOW_KEYS = frozenset({"sliding_window", "max_window_layers"})
-"""Without `use_sliding_window` they say nothing."""
+SWITCHED_WINDOW_KEYS = WINDOW_KEYS | {"use_sliding_window", "max_window_layers"}
+WINDOW_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+
+
+def switched_windows(values: Values) -> dict[str, Any]:
+    """Layers from `max_window_layers` on, but only where `use_sliding_window` says so."""
+    if not values.get("use_sliding_window", False):
+        values = {name: value for name, value in values.items() if name != "sliding_window"}
+    return read_windows(values, lambda layer: layer >= values["max_window_layers"])
 
 
 def chunked(values: Values) -> dict[str, Any]:
@@ -26,8 +34,7 @@ def chunked(values: Values) -> dict[str, Any]:
 FAMILY = Family(
     "Qwen2ForCausalLM",
     decoder_weights,
-    lambda values: {"add_qkv_bias": True, **chunked(values)},
-    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    required={"use_sliding_window": (False,)},
-    read=WINDOW_KEYS | {"dual_chunk_attention_config", "layer_types", "use_mrope"},
+    lambda values: {"add_qkv_bias": True, **chunked(values), **switched_windows(values)},
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **WINDOW_DEFAULTS},
+    read=SWITCHED_WINDOW_KEYS | {"dual_chunk_attention_config", "use_mrope"},
 )

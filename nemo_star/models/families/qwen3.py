@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_star.models.families.decoder import decoder_weights
 from nemo_star.models.families.family import Family, Values
-from nemo_star.models.families.qwen2 import WINDOW_KEYS, chunked
-from nemo_star.models.families.weights import decoder_weights
+from nemo_star.models.families.qwen2 import SWITCHED_WINDOW_KEYS, WINDOW_DEFAULTS, chunked, switched_windows
 
 
 def settings(values: Values) -> dict[str, Any]:
@@ -17,8 +17,7 @@ def settings(values: Values) -> dict[str, Any]:
 FAMILY = Family(
     "Qwen3ForCausalLM",
     decoder_weights,
-    settings,
-    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-    required={"use_sliding_window": (False,)},
-    read=WINDOW_KEYS | {"attention_bias", "dual_chunk_attention_config", "layer_types"},
+    lambda values: {**settings(values), **switched_windows(values)},
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **WINDOW_DEFAULTS},
+    read=SWITCHED_WINDOW_KEYS | {"attention_bias", "dual_chunk_attention_config"},
 )

@@ -1,6 +1,8 @@
 """The rotary settings of a config.json, as transformers 4 and 5 write them.
 
-transformers 5 keeps all in `rope_parameters`; 4 had `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+transformers 5 keeps all in `rope_parameters`; 4 had `rope_theta`, `rope_scaling` and `partial_rotary_factor`. Where
+windowed layers are rotated otherwise than those that see everything (Gemma 3, OLMo 3), 5 has a group for either in
+`rope_parameters`; in 4 `rope_scaling` was of the latter, and the former had `rope_local_base_freq` (Gemma 3).
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ _BESIDE = {
 """Keys of the group that are no kind's own; the last is Ministral 3's."""
 
 
-def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(values: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ModelConfig that say how queries and keys are rotated; types are checked by who parses them.
+
+    Args:
+        rope: the group of keys in `values` that says so.
 
     Raises:
         ValueError: a kind that is not implemented, or lacks a key, or has one that is not known.
     """
-    rope = group(values)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     kind = _ALIASES.get(kind, kind)
     if kind not in _NEEDED:
@@ -76,7 +80,49 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def group(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keys that say how rotary frequencies are stretched."""
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    return _checked(values.get("rope_scaling") or values.get("rope_parameters") or {})
+
+
+def full_group(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same of the layers that see everything, where windowed ones have a group of their own."""
+    return {**_by_layer(values, "full_attention"), **_checked(values.get("rope_scaling") or {})}
+
+
+def windowed_rotary_base(values: Mapping[str, Any], default: float) -> float | None:
+    """Base of the windowed layers that have a group of their own: default frequencies only. None: all layers are alike.
+
+    Args:
+        default: where config.json has none.
+
+    Raises:
+        ValueError: they are stretched.
+    """
+    rope = _by_layer(values, "sliding_attention")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    further = sorted({name for name, value in rope.items() if value is not None} - {"rope_type", "type", "rope_theta"})
+    if kind != "default" or further:
+        words = f"of type {kind!r}" + (f" with {', '.join(further)}" if further else "")
+        raise ValueError(
+            f"config.json: rope scaling {words} is not supported for windowed layers (sliding_attention), only for "
+            "those that see everything (full_attention)"
+        )
+    base: float = rope.get("rope_theta") or default
+    others = read_rope(values, full_group(values))
+    return None if others["rope_scaling"] is None and others["rotary_base"] == base else base
+
+
+def _by_layer(values: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """What `rope_parameters` says of one kind of layers."""
+    groups = _checked(values.get("rope_parameters") or {})
+    if unknown := sorted(set(groups) - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"config.json: rope_parameters with {', '.join(unknown)} is not supported for this architecture, which has "
+            "a group for full_attention and one for sliding_attention there"
+        )
+    return _checked(groups.get(kind) or {})
+
+
+def _checked(rope: Any) -> Mapping[str, Any]:
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: the rope scaling {rope!r} must be a group of keys")
     return rope

@@ -1,0 +1,55 @@
+"""Star Attention as transformers computes it: its models, in float64, with masks of ours. An oracle for several blocks
+in any family, windowed layers included, that shares no code with what is tested.
+"""
+
+import torch
+
+FULL, WINDOWED = "full_attention", "sliding_attention"
+
+
+def star_masks(total, context, *, block, anchor, window=None):
+    """{kind of layers: mask [1, 1, total, total], to be added to scores} for [context | query | answer].
+
+    A layer that sees everything: a block sees itself, causally, and the first `anchor` tokens of the first one; what
+    follows the context sees all before it. A windowed layer: a token sees itself and the `window` - 1 before it,
+    wherever blocks begin.
+    """
+    row, column = torch.arange(total)[:, None], torch.arange(total)[None]
+    causal = column <= row
+    same_block = row // block == column // block
+    full = causal & (same_block | (column < anchor) | (row >= context))
+    seen = {FULL: full}
+    if window is not None:
+        seen[WINDOWED] = causal & (row - column < window)
+    return {
+        kind: torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))[None, None]
+        for kind, mask in seen.items()
+    }
+
+
+def masked_logits(model, ids, masks):
+    """Logits [s, vocab] of transformers' model under these masks."""
+    if getattr(model.config, "layer_types", None) is None:
+        masks = masks[WINDOWED if getattr(model.config, "sliding_window", None) else FULL]
+    with torch.no_grad():
+        return model(torch.tensor([ids]), attention_mask=masks, use_cache=False).logits[0]
+
+
+def star_greedy(model, context, query, count, *, block, anchor):
+    """(tokens, logits [count, vocab]) of the answer, the whole sequence anew for each token.
+
+    Args:
+        model: transformers', in float64, with eager attention.
+    """
+    ids, rows = [*context, *query], []
+    for _ in range(count):
+        masks = star_masks(
+            len(ids),
+            len(context),
+            block=block,
+            anchor=anchor,
+            window=getattr(model.config, "sliding_window", None),
+        )
+        rows.append(masked_logits(model, ids, masks)[-1])
+        ids.append(int(rows[-1].argmax()))
+    return ids[-count:], torch.stack(rows)
