@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_star.config.sampling import SamplingParams
-    from nemo_star.llm import LLM
+    from nemo_star.llm.front import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams"]
 
-_HOMES = {"LLM": "nemo_star.llm", "SamplingParams": "nemo_star.config.sampling"}
+_HOMES = {"LLM": "nemo_star.llm.front", "SamplingParams": "nemo_star.config.sampling"}
 
 
 def _says_more(start: str, record: logging.LogRecord) -> bool:

@@ -209,10 +209,11 @@ def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, 
     """What a row tells that is counted, not measured."""
     method, layout = contender.method, contender.layout
     block_size, anchor_size = method.sizes(tokens)
+    on_transformers = contender.candidate.kind == TRANSFORMERS  # whose layers all run whole
     return {
         "block_size": block_size,
         "anchor_size": anchor_size,
-        "prefill_flops": prefill_flops(model, method, tokens, layout.cp),
+        "prefill_flops": prefill_flops(model, method, tokens, layout.cp, complete=on_transformers),
         # Of a rank: all stages would be read by one token, a rank has one of them.
         "decode_weight_bytes": int(
             weight_elements_read(model, layout, contender.sliced) * contender.dtype.itemsize / layout.pp

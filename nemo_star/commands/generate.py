@@ -33,6 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     read_description(Path(str(config.checkpoint)))
     with no_garbage_collection():
         prepare_imports()
-        from nemo_star.serving.generate import run  # only now: importing Megatron takes seconds
+        # Only now: importing Megatron takes seconds.
+        if config.interactive:
+            from nemo_star.serving.chat import run
+        else:
+            from nemo_star.serving.generate import run
 
     return run(config)

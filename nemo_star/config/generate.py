@@ -28,10 +28,17 @@ class InferenceConfig:
     """Texts that end an answer and are not part of it; a special token's text stands for the token."""
     ignore_eos: bool = False
     """Generate on after the model's end token, up to tokens_to_generate."""
+    max_batch_size: int = 16
+    """Answers that decode together."""
+    steps_per_block: int = 1
+    """Tokens that answers under way get between two blocks of a context that is being encoded."""
 
     def __post_init__(self) -> None:
         if self.tokens_to_generate < 1:
             raise ValueError(f"inference.tokens_to_generate={self.tokens_to_generate} must be at least 1")
+        for name in ("max_batch_size", "steps_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1")
         if not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
                 f"inference.temperature={self.temperature} must be {MIN_TEMPERATURE} or more; "
@@ -80,6 +87,8 @@ class GenerateConfig(LLMConfig):
     output: str | None = None
     """File of JSON lines, one for each line of `input` in the same order; an existing one is refused unless resumed or
     overwritten."""
+    interactive: bool = False
+    """A conversation about one context instead: questions from standard input (tools/chat.py)."""
     resume: bool = False
     """Continue `output` where an earlier run ended."""
     overwrite: bool = False
@@ -99,12 +108,24 @@ class GenerateConfig(LLMConfig):
                 raise ValueError(f"input={self.input} goes without {', '.join(single)}: one JSONL file or one question")
         else:
             self._check_single("context")
-            self._check_single("query")
+            if not self.interactive:
+                self._check_single("query")
             if self.context_file == "-" and self.query_file == "-":
                 raise ValueError("context_file=- and query_file=- cannot both be read from standard input")
         self._check_output()
+        if self.interactive:
+            self._check_interactive()
         if self.debug.dump is not None and self.parallel.sequence_parallel:
             raise ValueError("debug.dump needs whole hidden states: parallel.sequence_parallel=false")
+
+    def _check_interactive(self) -> None:
+        beside = ("query", "query_file", "input", "output", "output_logits")
+        if given := [name for name in beside if getattr(self, name) is not None]:
+            raise ValueError(f"interactive=true takes questions as they are typed: without {', '.join(given)}")
+        if self.context_file == "-":
+            raise ValueError(
+                "interactive=true reads questions from standard input: context_file=- cannot be read there"
+            )
 
     def _check_single(self, name: str) -> None:
         text, file = getattr(self, name), getattr(self, f"{name}_file")

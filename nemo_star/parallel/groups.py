@@ -128,15 +128,16 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
-def on_first_rank(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 and give its result to every rank; its ValueError or OSError is raised on every rank."""
+def on_first_rank(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `make` on the first rank of a group (None: of all) and give its result to every rank of it; its ValueError or
+    OSError is raised on every rank."""
     box: list[T | Exception | None] = [None]
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             box[0] = make()
         except (ValueError, OSError) as error:
             box[0] = error
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group=group, group_src=0)
     result = box[0]
     if isinstance(result, ValueError | OSError):
         raise result

@@ -36,6 +36,11 @@ class MemoryLimit:
         if all(problems):  # a replica where it fits may be the one that is asked
             raise ValueError(problems[0])
 
+    def fits(self, context_tokens: int) -> bool:
+        """Whether the K/V of so many tokens, of several contexts together, take at most half of what weights leave: the
+        rest is for what a prefill and answers take beside them."""
+        return any(self._shortage(2 * context_tokens, replica) is None for replica in range(self._work.layout.dp))
+
     def _shortage(self, context_tokens: int, replica: int) -> str | None:
         """What is missing where, if the replica were to answer; None where all fits."""
         work, layout = dataclasses.replace(self._work, context_tokens=context_tokens), self._work.layout

@@ -84,4 +84,4 @@ def _work(table: dict[str, Any], word: str, tokens: int) -> Workload:
     method = Candidate.parse(word).method(AttentionConfig(block_size=-(-tokens // table["blocks"])), model)
     if isinstance(method, Ring):
         method = PlainRing(method.settings)
-    return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), method, tokens)
+    return Workload(model, Layout(tp=1, cp=cp, dp=1, pp=1), method, tokens, completes_prefill=True)

@@ -7,7 +7,7 @@ what a rank computes, reads and exchanges; waiting for one another, imbalance be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_star.config.plan import EfficiencyConfig, LinkConfig, MachineConfig
@@ -117,23 +117,32 @@ def layer_time(work: Workload, clock: Clock, rank: RankWork, block: Block, windo
 def prefill_seconds(work: Workload, clock: Clock) -> float:
     """Seconds of the slowest rank: its blocks through its layers, after the stages before it have had the first one."""
     stages = work.layout.pp
-    layers = stage_windows(work.model, stages, 0)
     slowest = 0.0
     for rank in rank_work(work):
-        times = [(_stage_seconds(work, clock, rank, block, layers), block, count) for block, count in rank.blocks]
+        times = [(_stage_seconds(work, clock, rank, block), block, count) for block, count in rank.blocks]
         if times:
             passing, block, _ = max(times, key=lambda time: time[0])
             size = work.method.tokens_in_flight(block) * work.model.hidden_size * work.dtype_bytes
             fill = (stages - 1) * (passing + clock.exchange(size, min(stages, 2), _pipeline_span(work)))
+            if stages > 1:  # the last stage has less to do: it is done with its last block sooner
+                fill -= _left_out_seconds(work, clock, rank, block)
             slowest = max(slowest, sum(seconds * count for seconds, _, count in times) + fill)
     return slowest
 
 
-def _stage_seconds(
-    work: Workload, clock: Clock, rank: RankWork, block: Block, layers: Mapping[int | None, int]
-) -> float:
-    """One block through layers, so many of each window."""
-    return sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
+def _stage_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block) -> float:
+    """One block through the first stage, which has most to do."""
+    layers = stage_windows(work.model, work.layout.pp, 0)
+    seconds = sum(count * layer_time(work, clock, rank, block, window).total for window, count in layers.items())
+    return seconds - (_left_out_seconds(work, clock, rank, block) if work.layout.pp == 1 else 0.0)
+
+
+def _left_out_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block) -> float:
+    """What the last layer does not do: all that it is there for are keys and values."""
+    if work.completes_prefill:
+        return 0.0
+    last = layer_time(work, clock, rank, block, work.model.window_of(work.model.num_layers - 1))
+    return last.attention + last.ffn + last.exposed
 
 
 def decode_seconds(work: Workload, clock: Clock) -> float:

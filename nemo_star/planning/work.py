@@ -33,6 +33,8 @@ class Workload:
     decode: str | None = None
     """replicated or sharded; None: as the engine chooses."""
     device_type: str = "cuda"
+    completes_prefill: bool = False
+    """Whether the last layer's attention and FFN run, whose results nobody reads: in published programs."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -67,7 +69,8 @@ class Workload:
     @property
     def flops(self) -> int:
         """Operations of all ranks in a prefill."""
-        return prefill_flops(self.model, self.method, self.context_tokens, self.layout.cp)
+        complete = self.completes_prefill
+        return prefill_flops(self.model, self.method, self.context_tokens, self.layout.cp, complete=complete)
 
     def resized(self, block_size: int) -> Workload:
         """The same with blocks (and an anchor) of another size."""

@@ -9,13 +9,12 @@ On CUDA a step is a layer handed to the device, which runs ahead of the device b
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -30,8 +29,8 @@ from nemo_star.runtime.launch import (
     leave,
     warn,
 )
+from nemo_star.runtime.store import connect
 
-_STORE_SECONDS = 30.0
 _MAX_LOOK_SECONDS = 10.0
 _MAX_FAILED_LOOKS = 5
 _RANKS_NAMED = 8
@@ -173,12 +172,5 @@ def _named(ranks: list[int]) -> str:
 
 def watchdog_of_this_job(timeout_minutes: float) -> Watchdog:
     """A watchdog on a connection of its own to the store that the launcher's environment names."""
-
-    def connect() -> dist.Store:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"nemo_star/watchdog/{attempt}", store)
-
     alone = environment_world_size() == 1
-    return Watchdog(None if alone else connect, timeout_minutes, rank=environment_rank())
+    return Watchdog(None if alone else partial(connect, "watchdog"), timeout_minutes, rank=environment_rank())

@@ -6,20 +6,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from nemo_star.config.generate import GenerateConfig
-from nemo_star.llm import LLM
+from nemo_star.engine.context import EncodedContext
+from nemo_star.engine.encoding import Encoding
+from nemo_star.engine.scheduler import ContextWork, Question
+from nemo_star.llm.front import LLM
 from nemo_star.models.dump import LayerDump
 from nemo_star.parallel.groups import gather_objects, on_first_rank
 from nemo_star.runtime.launch import EXIT_BAD_LINES
 from nemo_star.runtime.memory import FreeMemory, free_memory, peak_memory_bytes
+from nemo_star.runtime.store import connect
 from nemo_star.serving.console import Console
+from nemo_star.serving.feed import Feed, Group
 from nemo_star.serving.requests import BadRequest, Request, RequestReader
-from nemo_star.serving.sink import Answer, AnswerSink, answer_of
+from nemo_star.serving.sink import AnswerSink, answer_of
 from nemo_star.serving.source import RequestSource
+
+_REST_SECONDS = 0.005
 
 
 def run(config: GenerateConfig, free_memory: Callable[[torch.device], FreeMemory] = free_memory) -> int:
@@ -47,8 +55,14 @@ class Generation:
             llm.description.model.vocab_size, llm.tokenizer, config.chat_template, config.chat_template_kwargs
         )
         self.source = RequestSource(config, reader, self._check)
-        self._batch: list[Request | BadRequest] = []
+        name = on_first_rank(lambda: f"requests/{uuid4().hex}")
+        replicas = llm.groups.dp.size()
+        self._feed = Feed(connect(name) if replicas > 1 else dist.HashStore(), replicas)
+        self._asked: dict[int, Request] = {}  # by the question's identity
+        self._works: dict[bytes, ContextWork] = {}
+        self._failure: Exception | None = None
         self._dump: LayerDump | None = None
+        self._last_work: ContextWork | None = None
 
     def run(self) -> int:
         """From what is cheap to check to what is expensive; returns the exit code."""
@@ -58,13 +72,13 @@ class Generation:
             on_first_rank(self._open)
         llm.load_weights()
         on_first_rank(self._start)
-        if self.config.debug.dump is not None and llm.groups.dp.rank() == 0:
-            self._dump = LayerDump(Path(self.config.debug.dump), llm.engine.stage, llm.engine.state, llm.groups)
-        while (requests := self._next_requests()) is not None:
-            answers = self._answer(requests)
-            on_first_rank(lambda answers=answers: self._take(answers))  # type: ignore[misc]
-            if self._dump is not None:
-                self._dump.close()  # of the first request
+        inference = self.config.inference
+        self._scheduler = llm.scheduler(
+            max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
+            steps_per_block=inference.steps_per_block,
+            open_context=self._open_context,
+        )
+        self._answer_all()
         peaks = gather_objects(peak_memory_bytes(llm.device))
         return on_first_rank(lambda: self._finish(peaks))
 
@@ -86,49 +100,116 @@ class Generation:
         if self.config.input is not None:
             self.console.count_requests(self.source.total, len(self.source.resumed.answers))
 
-    def _next_requests(self) -> list[Request] | None:
-        """The next requests on all ranks, at most one for each replica; None after the last."""
+    def _answer_all(self) -> None:
+        """Take groups of requests while there is room for them, and step on."""
+        scheduler, more = self._scheduler, True
+        while more or not scheduler.is_idle:
+            if more and scheduler.has_room:
+                more = self._take_in(wait=scheduler.is_idle)
+            answered = scheduler.step()
+            self._look_after()
+            if answered:
+                pairs = [(question, self._asked.pop(id(question))) for question in answered]
+                on_first_rank(lambda pairs=pairs: self._give(pairs), self.llm.groups.replica)  # type: ignore[misc]
+            if answered and self._dump is not None:
+                self._dump.close()  # of the first request
+        with self.llm.watchdog.suspended("waiting for other replicas"):
+            on_first_rank(self._write_the_rest)
+
+    def _take_in(self, *, wait: bool) -> bool:
+        """Questions of the next group, on all ranks of the replica; whether there may be more."""
         with self.llm.watchdog.suspended("reading requests"):
-            return on_first_rank(self._read_batch)
-
-    def _read_batch(self) -> list[Request] | None:
-        """Says what will run. A request leaves this rank without its id and further fields."""
-        llm = self.llm
-        self._batch = self.source.next_batch(llm.groups.dp.size())
-        requests = [item for item in self._batch if isinstance(item, Request)]
-        for request in requests:
-            self.console.describe(
-                llm.method, len(request.context_ids), cp_size=llm.groups.cp.size(), computes=llm.engine.describe()
+            group, is_first = on_first_rank(lambda: (self._take(wait), self._feed.took_first), self.llm.groups.replica)
+        if group and is_first and self.config.debug.dump is not None:
+            llm, folder = self.llm, Path(self.config.debug.dump)
+            self._dump = LayerDump(folder, llm.engine.stage, llm.engine.state, llm.groups)
+        for request in group or []:
+            work = self._work_of(request)
+            params = replace(
+                self.config.inference.sampling(request.index), logits=self.config.output_logits is not None
             )
-        return [replace(request, id=None, extra={}) for request in requests] if self._batch else None
+            question = self.llm.question(work, request.query_ids, params, show=self.console.show)
+            self._asked[id(question)] = request
+            self._scheduler.add(question)
+        return group is not None
 
-    def _answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run up to one request per replica; every replica's answer, in order, on rank 0 (empty on the others)."""
-        groups = self.llm.groups
-        replica = groups.dp.rank()
-        answer = self._answer_one(requests[replica]) if replica < len(requests) else None
-        answers: list[Answer | None] = [answer]
-        if groups.dp.size() > 1 and self.llm.is_first_of_replica:
-            answers = [None] * groups.dp.size()
-            dist.gather_object(answer, answers if replica == 0 else None, group=groups.dp, group_dst=0)
-        return [answer for answer in answers if answer is not None]
+    def _take(self, wait: bool) -> Group | None:
+        """On the replica's first rank. A request leaves it without its id and further fields."""
+        while True:
+            if dist.get_rank() == 0:
+                self._look_after()
+                if self._failure is not None:
+                    raise self._failure
+                self._write_answers()
+            group = self._feed.take(wait=wait and dist.get_rank() > 0)
+            if group != [] or not wait:
+                return group and [replace(request, id=None, extra={}) for request in group]
+            time.sleep(_REST_SECONDS)
 
-    def _answer_one(self, request: Request) -> Answer | None:
-        """On the first rank of the replica that runs it."""
-        started = time.perf_counter()
-        params = replace(self.config.inference.sampling(request.index), logits=self.config.output_logits is not None)
-        first = self.llm.is_first_of_replica
-        context = self.llm.engine.encode(
-            request.context_ids, on_block=self.console.block_done if first else lambda: None
-        )
-        result = self.llm.answer(context, request.query_ids, params, show=self.console.show)
-        prefill = self.llm.engine.prefill_report(context)
-        return None if result is None else answer_of(request, result, prefill, started)
+    def _look_after(self) -> None:
+        """On rank 0: read ahead for all replicas. What goes wrong is raised where all ranks of the replica meet."""
+        if dist.get_rank() or self._failure is not None:
+            return
+        try:
+            self._feed.lay_out(self._read)
+        except (ValueError, OSError) as error:
+            self._failure = error
+            self._feed.fail(str(error))
 
-    def _take(self, answers: Sequence[Answer]) -> None:
-        self.sink.write(self._batch, answers)
-        for _ in self._batch:
-            self.console.request_done()
+    def _read(self) -> Request | BadRequest | None:
+        """The next item of the input. Says what will run."""
+        item, llm = self.source.next(), self.llm
+        if item is not None:
+            self.sink.expect(item)
+        if isinstance(item, Request):
+            self.console.describe(
+                llm.method, len(item.context_ids), cp_size=llm.groups.cp.size(), computes=llm.engine.describe()
+            )
+        return item
+
+    def _work_of(self, request: Request) -> ContextWork:
+        """The context of a request, the same for all that ask of it; those that nobody asks of any more are let go."""
+        in_use = {id(work) for work in self._scheduler.works_in_use}
+        self._works = {key: work for key, work in self._works.items() if id(work) in in_use or work is self._last_work}
+        key = request.context_key
+        if key not in self._works:
+            on_block = self.console.block_done if self.llm.is_first_of_replica else lambda: None
+            self._works[key] = ContextWork(request.context_ids, on_block=on_block)
+        self._last_work = self._works[key]
+        return self._works[key]
+
+    def _open_context(self, work: ContextWork) -> Encoding | EncodedContext | None:
+        """A context beside those in use, where there is memory for all of them."""
+        others = {id(other): len(other.ids) for other in self._scheduler.works_in_use if other is not work}
+        if others and not self.llm.fits(sum(others.values()) + len(work.ids)):
+            return None
+        return self.llm.engine.begin(work.ids)
+
+    def _give(self, answered: Sequence[tuple[Question, Request]]) -> None:
+        """On the replica's first rank: hand answers to rank 0, which writes what it can."""
+        for question, request in answered:
+            (result,) = self.llm.results(question)
+            work = question.work
+            assert result is not None
+            assert work.report is not None
+            assert work.began is not None
+            self._feed.give(request.index, answer_of(request, result, work.report, work.began))
+        if dist.get_rank() == 0:
+            self._write_answers()
+
+    def _write_answers(self) -> None:
+        try:
+            for _ in range(self.sink.write(self._feed.answers(self.sink.unanswered))):
+                self.console.request_done()
+        except OSError as error:
+            self._feed.fail(str(error))
+            raise
+
+    def _write_the_rest(self) -> None:
+        """Until the other replicas have answered, too."""
+        while self.sink.is_waiting:
+            self._write_answers()
+            time.sleep(_REST_SECONDS)
 
     def _finish(self, peaks: Sequence[int]) -> int:
         self.console.close(self.sink.last_stats, peaks)

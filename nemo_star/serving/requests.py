@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 from nemo_star.config.llm import check_template_kwargs
@@ -17,6 +20,8 @@ _ALIASES = {"index": "id", "input_context": "context", "input_query": "query"}
 _PARTS = ("context", "context_ids", "query", "query_ids")
 _OF_MESSAGES = ("messages", "chat_template_kwargs", "continue_final_message")
 _OWN_FIELDS = ("id", *_PARTS, *_OF_MESSAGES)
+MAX_KEPT_TEXTS = 8
+"""Contexts whose tokens are kept, because the next lines may ask of the same text."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,15 @@ class Request:
     id: Any
     index: int
     """Line index in the input, from 0; added to the seed."""
-    context_ids: list[int]
+    context_ids: array[int]
     query_ids: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the input line, passed through."""
+
+    @cached_property
+    def context_key(self) -> bytes:
+        """The same for requests on the same context."""
+        return sha256(self.context_ids.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,10 @@ class BadRequest:
 
 @dataclass(frozen=True)
 class RequestReader:
-    """Turns input lines into requests. `vocab_size` bounds token ids; text needs a tokenizer."""
+    """Turns input lines into requests. `vocab_size` bounds token ids; text needs a tokenizer.
+
+    A line may name its context (`context_id`); later lines may then give the name alone.
+    """
 
     vocab_size: int
     tokenizer: Tokenizer | None
@@ -52,6 +65,8 @@ class RequestReader:
     """Wrap a context and a query as one message. Messages are in the template anyway."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables of the template; those of a line come on top."""
+    _named: dict[str, array[int]] = field(default_factory=dict)
+    _texts: dict[bytes, list[int]] = field(default_factory=dict)
 
     def parse_line(self, line: bytes, index: int) -> Request | BadRequest:
         """One JSON line; what is wrong with it comes back as a BadRequest."""
@@ -69,8 +84,15 @@ class RequestReader:
     def _request(self, fields: Mapping[str, Any], index: int) -> Request:
         ids = self._ids_of_messages(fields) if fields.get("messages") is not None else self._ids_of_parts(fields)
         for name, values in ids.items():
-            check_ids(name, values, self.vocab_size)
-        return Request(fields.get("id"), index, ids["context"], ids["query"], _extra(fields))
+            if not isinstance(values, array):
+                check_ids(name, values, self.vocab_size)
+        context = array("i", ids["context"])
+        if (identity := fields.get("context_id")) is not None:
+            if not isinstance(identity, str):
+                raise ValueError(f"context_id must be a string, not {type(identity).__name__}")
+            if self._named.setdefault(identity, context) != context:
+                raise ValueError(f"context_id {identity!r} was given with another context before")
+        return Request(fields.get("id"), index, context, ids["query"], _extra(fields))
 
     def _ids_of_messages(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         beside = [name for name in _PARTS if fields.get(name) is not None]
@@ -87,6 +109,8 @@ class RequestReader:
     def _ids_of_parts(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         texts = {name: fields.get(name) for name in ("context", "query")}
         ids: dict[str, Any] = {name: fields.get(f"{name}_ids") for name in ("context", "query")}
+        if texts["context"] is None and ids["context"] is None and fields.get("context_id") is not None:
+            ids["context"] = self._context_named(fields["context_id"])
         for name in ("context", "query"):
             if (texts[name] is None) == (ids[name] is None):
                 raise ValueError(f"give either {name} (text) or {name}_ids (token ids), or messages")
@@ -102,6 +126,11 @@ class RequestReader:
                 ids[name] = self._encode(name, text, self._template_kwargs(fields))
         return ids
 
+    def _context_named(self, identity: Any) -> array[int]:
+        if identity not in self._named:
+            raise ValueError(f"context_id {identity!r} is not known: an earlier line must give it with its context")
+        return self._named[identity]
+
     def _template_kwargs(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         of_line = fields.get("chat_template_kwargs")
         check_template_kwargs(of_line)
@@ -109,8 +138,16 @@ class RequestReader:
 
     def _encode(self, name: str, text: str, template_kwargs: Mapping[str, Any]) -> list[int]:
         assert self.tokenizer is not None
-        encode = self.tokenizer.encode_context if name == "context" else self.tokenizer.encode_query
-        return encode(text, chat_template=self.chat_template, template_kwargs=template_kwargs)
+        if name == "query":
+            return self.tokenizer.encode_query(text, chat_template=self.chat_template, template_kwargs=template_kwargs)
+        key = sha256(repr((text, template_kwargs)).encode("utf-8", "surrogatepass")).digest()
+        if key not in self._texts:
+            if len(self._texts) == MAX_KEPT_TEXTS:
+                del self._texts[next(iter(self._texts))]
+            self._texts[key] = self.tokenizer.encode_context(
+                text, chat_template=self.chat_template, template_kwargs=template_kwargs
+            )
+        return self._texts[key]
 
 
 def json_fields(line: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ class Answer:
     logits: Tensor | None
 
 
-def answer_of(request: Request, result: Result, prefill: PrefillReport, started: float) -> Answer:
-    """A line with its times, in seconds since `started` (`time.perf_counter`, before prefill)."""
+def answer_of(request: Request, result: Result, prefill: PrefillReport, began: float) -> Answer:
+    """A line with its times, in seconds since work on the request's context `began` (`time.perf_counter`), for whose
+    sake ever it was encoded."""
     first, last = result.token_times[0], result.token_times[-1]
     stats = {
         "prefill_seconds": prefill.seconds,
-        "time_to_first_token_seconds": first - started,
+        "time_to_first_token_seconds": first - began,
         "decode_tokens_per_second": (len(result.token_ids) - 1) / (last - first) if last > first else None,
         "kv_tokens_per_cp_rank": prefill.kv_tokens_per_cp_rank,
     }
@@ -56,6 +58,7 @@ class AnswerSink:
         self._config = config
         self._output: OutputFile | None = None
         self._logits: dict[str, Tensor] = {}
+        self._expected: deque[Request | BadRequest] = deque()
 
     def check(self) -> None:
         """Refuse files that cannot be written, or that would be lost; nothing is touched yet."""
@@ -76,22 +79,39 @@ class AnswerSink:
             path = Path(config.output) if config.output else None
             self._output = OutputFile(path, kept_bytes=resumed.kept_bytes)
 
-    def write(self, batch: Iterable[Request | BadRequest], answers: Iterable[Answer]) -> None:
-        """The lines of a batch, in its order; `answers` are those of its requests."""
-        remaining = iter(answers)
-        for item in batch:
+    def expect(self, item: Request | BadRequest) -> None:
+        """The next item of the input."""
+        self._expected.append(item)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether lines are still to be written."""
+        return bool(self._expected)
+
+    @property
+    def unanswered(self) -> list[int]:
+        """Places in the input of the requests whose lines are still to be written, in order."""
+        return [item.index for item in self._expected if isinstance(item, Request)]
+
+    def write(self, answers: Iterable[Answer]) -> int:
+        """Write lines in the order of the input, as far as these answers to the first unanswered requests go; how
+        many."""
+        remaining, before = deque(answers), len(self._expected)
+        while self._expected and (remaining or isinstance(self._expected[0], BadRequest)):
+            item = self._expected.popleft()
             line = {"id": item.id, **item.extra}
             if isinstance(item, BadRequest):
                 self.has_bad_lines = True
                 line["error"] = item.error
             else:
-                answer = next(remaining)
+                answer = remaining.popleft()
                 line |= answer.line
                 self.last_stats = answer.line["stats"]
                 if answer.logits is not None:
                     self._logits[f"{item.id}/logits"] = answer.logits
             if self._output:
                 self._output.write(line)
+        return before - len(self._expected)
 
     def close(self) -> None:
         """Write what is written at the end."""

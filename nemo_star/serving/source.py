@@ -46,15 +46,19 @@ class RequestSource:
             self.resumed = read_resumed(Path(str(config.output)), lines.ids())
         done = len(self.resumed.answers)
         self.total = sum(1 for _ in lines)
-        self._items = (self._parsed(line, index) for index, line in enumerate(lines) if index >= done)
+        self._items = (
+            self._parsed(line, index) for index, line in enumerate(lines) if self._is_wanted(line, index, done)
+        )
 
-    def next_batch(self, wanted: int) -> list[Request | BadRequest]:
-        """The next lines, as many as hold `wanted` requests; none after the last."""
-        batch: list[Request | BadRequest] = []
-        while wanted and (item := next(self._items, None)) is not None:
-            batch.append(item)
-            wanted -= isinstance(item, Request)
-        return batch
+    def next(self) -> Request | BadRequest | None:
+        """The next one; None after the last."""
+        return next(self._items, None)
+
+    def _is_wanted(self, line: bytes, index: int, done: int) -> bool:
+        """Whether a line is still to be answered; one that is may name a context that later ones ask of."""
+        if index < done and b"context_id" in line:
+            self._reader.parse_line(line, index)
+        return index >= done
 
     def _parsed(self, line: bytes, index: int) -> Request | BadRequest:
         """The request of a line if it can run, else what is wrong with it."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nemo_star.config.sampling import SamplingParams
-from nemo_star.engine.engine import Step
 from nemo_star.engine.sampling import Sampler
 from nemo_star.text.stream import TextStream
 from nemo_star.text.tokenizer import Tokenizer
@@ -64,6 +63,8 @@ class Completion:
 
     def choose(self, logits: Tensor) -> tuple[int, bool]:
         """The next token, and whether it ends the answer; logits [vocab] float32."""
+        if self._params.logits:
+            self._logits.append(logits.cpu())
         token = self._sampler(logits)
         self._token_times.append(time.perf_counter())
         self._token_ids.append(token)
@@ -73,11 +74,6 @@ class Completion:
         if ended:
             self._finish_reason = "stop"
         return token, ended
-
-    def keep(self, step: Step) -> None:
-        """Keep a step's logits, where they are wanted."""
-        if self._params.logits and step.logits is not None:
-            self._logits.append(step.logits.cpu())
 
     def finish(self) -> Result:
         """No more tokens come: show what was held back, and close the books."""

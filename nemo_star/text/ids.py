@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_star.text.tokenizer import Tokenizer
+
+Text = str | Sequence[int]
+"""Text, or token ids."""
 
 
 def check_text(name: str, text: Any, tokenizer: Tokenizer | None) -> None:

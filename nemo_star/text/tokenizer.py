@@ -17,6 +17,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """A space in a vocabulary of SentencePiece."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 _SLICE_CHARACTERS = 2**16
+_SPEAKERS = ("user", "assistant")
 _CONTEXT_MARK, _QUERY_MARK = "[context of nemo_star]", "[query of nemo_star]"
 
 
@@ -67,6 +68,22 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a query, without special tokens but those of the chat template."""
         return self._ids(self._in_template("", text, template_kwargs)[1] if chat_template else text)
+
+    def encode_turns(
+        self, turns: Sequence[tuple[str, str]], *, template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation after its context, which the first message begins with, up to the next answer.
+
+        Args:
+            turns: (question, answer) each; the last question has no answer yet and "" in its place.
+        """
+        chat = [{"role": role, "content": text} for turn in turns for role, text in zip(_SPEAKERS, turn, strict=True)]
+        chat[0]["content"] = f"{_CONTEXT_MARK}\n\n{chat[0]['content']}"
+        rendered = self.render(chat[:-1], add_generation_prompt=True, **(template_kwargs or {}))
+        _, mark, after = rendered.partition(f"{_CONTEXT_MARK}\n\n")
+        if not mark:
+            raise ValueError("the checkpoint's chat template does not give a user's message unchanged")
+        return self._ids(after)
 
     def encode_cut(self, text: str, at: int) -> tuple[list[int], list[int]]:
         """Token ids of a whole text, without special tokens of its own, in two parts.

@@ -24,7 +24,8 @@ PAIR = 4 * 4 * 2
 
 
 def flops(kind, tokens, cp_size=2, **settings):
-    return prefill_flops(MODEL, method_of(AttentionConfig(kind=kind, **settings)), tokens, cp_size) // 2
+    method = method_of(AttentionConfig(kind=kind, **settings))
+    return prefill_flops(MODEL, method, tokens, cp_size, complete=True) // 2
 
 
 def test_heads_may_have_a_dimension_of_their_own():
@@ -55,13 +56,24 @@ def test_windowed_layers_count_the_pairs_within_the_window(window, kind, cp):
     method = method_of(AttentionConfig(kind=kind, block_size=4), windows=True)
     near = sum(min(token + 1, window) for token in range(22))
     alone = dataclasses.replace(MODEL, num_layers=1)
-    full = prefill_flops(alone, method, 22, cp)
-    assert prefill_flops(model, method, 22, cp) == full + 22 * LINEAR + near * PAIR
+    full = prefill_flops(alone, method, 22, cp, complete=True)
+    assert prefill_flops(model, method, 22, cp, complete=True) == full + 22 * LINEAR + near * PAIR
     if kind == "star":
         again = method_of(AttentionConfig(block_size=4, anchor_size=3, anchor="recompute"), windows=True)
-        full = prefill_flops(alone, again, 22, cp)
+        full = prefill_flops(alone, again, 22, cp, complete=True)
         near += 5 * sum(min(token + 1, window) for token in range(3))
-        assert prefill_flops(model, again, 22, cp) == full + (22 + 5 * 3) * LINEAR + near * PAIR
+        assert prefill_flops(model, again, 22, cp, complete=True) == full + (22 + 5 * 3) * LINEAR + near * PAIR
+
+
+def test_the_last_layer_makes_keys_and_values_only():
+    for windowed in ((), (0,), (1,)):
+        model = dataclasses.replace(MODEL, window_size=3 if windowed else None, windowed_layers=windowed)
+        method = method_of(AttentionConfig(block_size=4), windows=True)
+        near = sum(min(token + 1, 3) for token in range(22))
+        every = sum(count * method.pairs(block) for block, count in method.all_blocks(22, 1))
+        left_out = near if windowed == (1,) else every
+        whole = prefill_flops(model, method, 22, 1, complete=True)
+        assert whole - prefill_flops(model, method, 22, 1) == 22 * 2 * 3 * 8 * 16 + left_out * PAIR
 
 
 def test_star_without_an_anchor_and_of_one_block():

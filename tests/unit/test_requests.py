@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def parse(**fields):
 
 def test_ids_and_further_fields():
     request = parse(id="a", context_ids=[1, 2], query_ids=[3], outputs=["x"], length=7)
-    assert request == Request("a", 4, [1, 2], [3], {"outputs": ["x"], "length": 7})
+    assert request == Request("a", 4, array("i", [1, 2]), [3], {"outputs": ["x"], "length": 7})
 
 
 def test_names_of_the_published_reference():
@@ -74,7 +75,7 @@ def chat_line(tokenizer, config=None, *, chat_template=False, vocab_size=500, **
 def test_messages(chat_tokenizer):
     request, query = chat_line(chat_tokenizer, messages=MESSAGES)
     whole = chat_tokenizer.hf.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    assert request.context_ids + request.query_ids == whole
+    assert [*request.context_ids, *request.query_ids] == whole
     assert query == "What is it?<|im_end|>\n<|im_start|>assistant\n"
     assert request.extra == {"note": 1}
     begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]

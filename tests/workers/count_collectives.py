@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_star.llm import LLM
+from nemo_star.llm.front import LLM
 from nemo_star.parallel.groups import initialize
 from nemo_star.runtime.launch import run_as_tool
 

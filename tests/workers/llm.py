@@ -23,7 +23,7 @@ def batch_of_two(llm, context, queries):
     """Logits of two sequences decoded in one step each time, and of the same two alone."""
 
     def steps(batch):
-        sequences = [llm.engine.sequence(context) for _ in batch]
+        sequences = [llm.engine.sequence(context.encoded) for _ in batch]
         logits = [llm.engine.decode(zip(sequences, batch, strict=True))]
         logits.append(llm.engine.decode([(sequence, [7]) for sequence in sequences]))
         return logits

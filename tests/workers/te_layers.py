@@ -16,7 +16,7 @@ FOUND = find_transformer_engine()  # before Megatron is imported, as the tools d
 from transformer_engine.pytorch.calls import CALLS  # noqa: E402
 
 from nemo_star.kernels.te import TEKernel  # noqa: E402
-from nemo_star.llm import LLM  # noqa: E402
+from nemo_star.llm.front import LLM  # noqa: E402
 from nemo_star.models import build as model_module  # noqa: E402
 from nemo_star.parallel.groups import create_groups, initialize_alone  # noqa: E402
 from nemo_star.parallel.layout import Layout  # noqa: E402

@@ -25,8 +25,11 @@ from nemo_star.config.llm import LLMConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.strict import parse
 from nemo_star.engine.build import build_engine, dtype_name
-from nemo_star.engine.context import EncodedContext
-from nemo_star.engine.engine import Engine
+from nemo_star.engine.context import Sequence as SequenceOfTokens
+from nemo_star.engine.engine import Engine, finished
+from nemo_star.engine.scheduler import ContextWork, Question, Scheduler
+from nemo_star.llm.book import Book
+from nemo_star.llm.conversation import Conversation
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
 from nemo_star.parallel.experts import check_experts
@@ -46,11 +49,11 @@ from nemo_star.runtime.memory import FreeMemory, free_memory
 from nemo_star.runtime.watchdog import watchdog_of_this_job
 from nemo_star.text.chat import split_messages
 from nemo_star.text.completion import Completion, Result
-from nemo_star.text.ids import check_ids, check_text
+from nemo_star.text.ids import Text, check_ids, check_text
 from nemo_star.text.tokenizer import Tokenizer, end_token_ids
 
-Text = str | Sequence[int]
-"""Text, or token ids."""
+MAX_BATCH_SIZE = 16
+"""Answers that decode together unless something else is said."""
 
 
 class LLM:
@@ -62,6 +65,7 @@ class LLM:
         attention, parallel, cache: a recipe's groups, with its keys; what is left out has the recipes' defaults.
         chat_template: wrap contexts and queries as the tokenizer's chat template says.
         chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
+        max_batch_size: answers that decode together.
 
     Raises:
         ValueError: on all ranks alike: what does not fit together, by name, before weights are loaded.
@@ -69,6 +73,7 @@ class LLM:
 
     config: LLMConfig
     engine: Engine
+    max_batch_size = MAX_BATCH_SIZE
 
     def __init__(
         self,
@@ -80,7 +85,11 @@ class LLM:
         cache: Mapping[str, Any] | None = None,
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_batch_size: int = MAX_BATCH_SIZE,
     ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
+        self.max_batch_size = max_batch_size
         values = {
             "checkpoint": str(checkpoint),
             "dtype": dtype,
@@ -161,7 +170,7 @@ class LLM:
         """Whether this rank chooses tokens."""
         return self.groups.replica.rank() == 0
 
-    def encode(self, context: Text, *, on_block: Callable[[], None] = lambda: None) -> EncodedContext:
+    def encode(self, context: Text, *, on_block: Callable[[], None] = lambda: None) -> Book:
         """Encode a context: text (BOS goes before it) or token ids, on all ranks of all replicas.
 
         Args:
@@ -173,9 +182,16 @@ class LLM:
         with self.watchdog.resumed():
             ids = self._ids([("context", context)])[0]
             self.check(len(ids))
-            return self.engine.encode(ids, on_block=on_block)
+            return Book(self, self.engine.encode(ids, on_block=on_block))
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[EncodedContext, list[int]]:
+    def append(self, book: Book, text: Text) -> None:
+        """`Book.append`."""
+        with self.watchdog.resumed():
+            ids = self._ids([("appended text", text)])[0]
+            self.check(book.tokens + len(ids))
+            finished(self.engine.extend(book.encoded, ids))
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Book, list[int]]:
         """Encode the context of a conversation; with it the query's token ids, for `generate`.
 
         Args:
@@ -192,11 +208,11 @@ class LLM:
         return self.encode(context), query
 
     def generate(
-        self, context: EncodedContext, queries: Text | Sequence[Text], params: SamplingParams | None = None
+        self, context: Book, queries: Text | Sequence[Text], params: SamplingParams | None = None
     ) -> list[Result]:
         """Answer queries (text or token ids) about a context, which stays as it is; one result a query, in order.
 
-        Replicas divide the queries; every rank gets all results.
+        Queries decode together, as many as `max_batch_size`. Replicas divide them; every rank gets all results.
 
         Raises:
             ValueError: an empty or unknown text or token, or what the checkpoint's tokenizer would have to give.
@@ -208,30 +224,82 @@ class LLM:
             self.check(context.tokens, max(map(len, query_ids), default=0) + params.max_tokens)
             return self._answer_all(context, query_ids, params)
 
-    def answer(
+    def converse(self, book: Book) -> Conversation:
+        """A conversation about a book, in which each question sees the ones before it."""
+        return Conversation(self, book)
+
+    def ids_after(self, so_far: list[int], turns: Sequence[tuple[Text, str | None]], query: Text) -> list[int]:
+        """Token ids of a conversation after its book, up to the next answer.
+
+        Args:
+            so_far: what has been said, in tokens.
+            turns: the same, as (question, answer).
+        """
+        if self.config.chat_template and isinstance(query, str):
+            said = [(question, answer or "") for question, answer in turns if isinstance(question, str)]
+            if len(said) < len(turns):
+                raise ValueError("a conversation by chat template takes all its questions as text")
+            variables = self.config.chat_template_kwargs
+            return on_first_rank(lambda: self._ids_of_turns([*said, (query, "")], variables))
+        return [*so_far, *self._ids([("query", query)])[0]]
+
+    def go_on(
         self,
-        context: EncodedContext,
-        query_ids: Sequence[int],
+        book: Book,
+        sequence: SequenceOfTokens,
+        run: list[int],
         params: SamplingParams,
         *,
-        sample: int = 0,
         show: Callable[[str], None] = lambda text: None,
-    ) -> Result | None:
-        """Answer one query on the ranks of a replica; on its first rank, the result.
+    ) -> Result:
+        """The next turn of a `Conversation`, on every replica: run these tokens, then generate."""
+        with self.watchdog.resumed():
+            self.check_sampling(params)
+            self.check(book.tokens, sequence.tokens + len(run) + params.max_tokens)
+            shows = show if self.groups.dp.rank() == 0 else lambda text: None
+            question = self.question(book.work(), run, params, sequence=sequence, show=shows)
+            self.scheduler().answer(question)
+            result = gather_objects(self.results(question)[0])[0]
+        assert result is not None
+        return result
+
+    def scheduler(self, **options: Any) -> Scheduler:
+        """A loop on this rank's replica."""
+        return Scheduler(self.engine, **{"max_batch_size": self.max_batch_size, **options})
+
+    def question(
+        self,
+        work: ContextWork,
+        query_ids: list[int],
+        params: SamplingParams,
+        *,
+        sequence: SequenceOfTokens | None = None,
+        show: Callable[[str], None] = lambda text: None,
+    ) -> Question:
+        """A query for a scheduler; on the replica's first rank it has a `Completion` for each sample.
 
         Args:
             show: called there with text as it becomes final.
         """
-        completion = None
+        answers: list[Completion | None] = [None] * params.n
         if self.is_first_of_replica:
-            completion = Completion(params, params.seed + sample, self.tokenizer, end_ids=self.end_ids, show=show)
-        steps = self.engine.generate(
-            context, query_ids, max_tokens=params.max_tokens, choose=completion.choose if completion else None
-        )
-        for step in steps:
-            if completion:
-                completion.keep(step)
-        return completion.finish() if completion else None
+            answers = [
+                Completion(params, params.seed + sample, self.tokenizer, end_ids=self.end_ids, show=show)
+                for sample in range(params.n)
+            ]
+        return Question(work, query_ids, params.max_tokens, answers, sequence)
+
+    def results(self, question: Question) -> list[Result | None]:
+        """Of each sample of an answered question; None on ranks that did not choose."""
+        return [answer.finish() if isinstance(answer, Completion) else None for answer in question.answers]
+
+    def token_ids(self, name: str, text: Text) -> list[int]:
+        """Token ids of a `context` or `query`, tokenized once for all ranks.
+
+        Raises:
+            ValueError: an empty or unknown text or token.
+        """
+        return self._ids([(name, text)])[0]
 
     def check(self, context_tokens: int, new_tokens: int = 0) -> list[str]:
         """Refuse sizes that cannot run; warnings of those that hardly make sense.
@@ -264,19 +332,34 @@ class LLM:
             )
         return warnings
 
+    def fits(self, context_tokens: int) -> bool:
+        """Whether several contexts, of so many tokens together, can be held at the same time."""
+        return self._limit.fits(context_tokens)
+
     def check_sampling(self, params: SamplingParams) -> None:
         """Refuse what needs text where there is no tokenizer, on all ranks."""
         on_first_rank(lambda: _check_stop(params, self.tokenizer))
 
-    def _answer_all(self, context: EncodedContext, query_ids: list[list[int]], params: SamplingParams) -> list[Result]:
+    def _answer_all(self, book: Book, query_ids: list[list[int]], params: SamplingParams) -> list[Result]:
         replica, replicas = self.groups.dp.rank(), self.groups.dp.size()
-        jobs = [(query, sample) for query in range(len(query_ids)) for sample in range(params.n)]
-        mine = {job: self.answer(context, query_ids[job[0]], params, sample=job[1]) for job in jobs[replica::replicas]}
-        found: dict[tuple[int, int], Result] = {}
-        for answers in gather_objects(mine):
-            found.update({job: result for job, result in answers.items() if result is not None})
-        by_query = [tuple(found[query, sample] for sample in range(params.n)) for query in range(len(query_ids))]
-        return [replace(samples[0], samples=samples) for samples in by_query]
+        work, scheduler = book.work(), self.scheduler()
+        mine = {}
+        for number in range(replica, len(query_ids), replicas):
+            mine[number] = self.question(work, query_ids[number], params)
+            scheduler.add(mine[number])
+        scheduler.run()
+        found: dict[int, list[Result]] = {}
+        for answers in gather_objects({number: self.results(question) for number, question in mine.items()}):
+            for number, results in answers.items():
+                if chosen := [result for result in results if result is not None]:
+                    found[number] = chosen
+        ordered = [tuple(found[number]) for number in range(len(query_ids))]
+        return [replace(samples[0], samples=samples) for samples in ordered]
+
+    def _ids_of_turns(self, turns: list[tuple[str, str]], variables: Mapping[str, Any] | None) -> list[int]:
+        check_text("query", turns[-1][0], self.tokenizer)
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_turns(turns, template_kwargs=variables)
 
     def _ids(self, texts: Sequence[tuple[str, Text]]) -> list[list[int]]:
         """Token ids of named texts, tokenized once for all ranks."""
@@ -286,6 +369,8 @@ class LLM:
         if isinstance(text, str):
             check_text(name, text, self.tokenizer)
             assert self.tokenizer is not None
+            if name == "appended text":
+                return self.tokenizer.encode_query(text)
             encode = self.tokenizer.encode_context if name == "context" else self.tokenizer.encode_query
             config = self.config
             return encode(text, chat_template=config.chat_template, template_kwargs=config.chat_template_kwargs)

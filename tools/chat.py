@@ -1,0 +1,9 @@
+"""Talk about a long text: `nemo-star chat` from a checkout."""
+
+import sys
+
+from nemo_star.commands.chat import main
+from nemo_star.runtime.launch import run_as_tool
+
+if __name__ == "__main__":
+    run_as_tool(lambda: main(sys.argv[1:]))
