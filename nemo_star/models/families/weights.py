@@ -159,7 +159,7 @@ def decoder_weights(
         table += [_vector(PRE_MOE, f"{norms[PRE_MLP]}.weight", lambda m: m.hidden_size, expert_layers)]
         table += _experts(model.moe, experts)
     if model.layers_differ:
-        table = [replace(weight, key=weight.key.replace(".layers.", ".layers.{layer}.")) for weight in table]
+        table = each_layer_named(table)
     table += [
         Weight(
             "embedding.word_embeddings.weight",
@@ -173,6 +173,15 @@ def decoder_weights(
             Weight("output_layer.weight", ("lm_head.weight",), lambda m: ((m.vocab_size, m.hidden_size),)),
         )
     return tuple(table)
+
+
+def each_layer_named(table: Iterable[Weight]) -> list[Weight]:
+    """The same table with keys that name each layer, instead of stacking all."""
+    stacked = ".layers."
+    return [
+        weight if "{layer}" in weight.key else replace(weight, key=weight.key.replace(stacked, ".layers.{layer}."))
+        for weight in table
+    ]
 
 
 def _norm(key: str, name: str, model: ModelConfig) -> Weight:
