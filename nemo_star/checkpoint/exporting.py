@@ -29,6 +29,7 @@ class ExportJob:
     """An export, for any process."""
 
     source: Path
+    shard_bytes: int
 
     @contextmanager
     def parts(self) -> Iterator[Sequence[Part]]:
@@ -47,7 +48,7 @@ class ExportJob:
         shards: list[list[TensorToWrite]] = [[]]
         size = 0
         for tensor in self._tensors():
-            if shards[-1] and size + tensor.size > MAX_SHARD_BYTES:
+            if shards[-1] and size + tensor.size > self.shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(tensor)
@@ -101,7 +102,7 @@ def export_checkpoint(source: Path, target: Path, *, processes: int = 1) -> Chec
     """
     refuse_existing(target)
     description = read_description(source)
-    job = ExportJob(source)
+    job = ExportJob(source, MAX_SHARD_BYTES)
     with job.parts() as parts, new_directory(target) as working:
         identity = fingerprint(source, fingerprint(source / WEIGHTS_FOLDER), "export")
         convert(job, parts, working, identity=identity, processes=processes, label="export")

@@ -81,6 +81,7 @@ class ImportJob:
 
     source: Path
     dtype: str | None
+    file_bytes: int
 
     @contextmanager
     def parts(self) -> Iterator[Sequence[Part]]:
@@ -97,7 +98,7 @@ class ImportJob:
                 tensors=len(group),
                 write=lambda stream, on_tensor, group=group: write_chunks(stream, group, on_tensor),  # type: ignore[misc]
             )
-            for number, group in enumerate(_groups(plan.chunks))
+            for number, group in enumerate(_groups(plan.chunks, self.file_bytes))
         ]
 
 
@@ -123,7 +124,7 @@ def import_checkpoint(
             space, an existing target; before anything is written.
     """
     refuse_existing(target)
-    job = ImportJob(source, None if dtype is None else str(dtype).removeprefix("torch."))
+    job = ImportJob(source, None if dtype is None else str(dtype).removeprefix("torch."), MAX_FILE_BYTES)
     plan = job.plan()
     parts = job.parts_of(plan)
     with new_directory(target, wait=wait) as working:
@@ -131,7 +132,9 @@ def import_checkpoint(
         written = convert(job, parts, working, identity=identity, processes=processes, label="import")
         names = [Path(part.file).name for part in parts]
         notes = [record.note for record in written]
-        finish_dist_checkpoint(working / WEIGHTS_FOLDER, zip(names, _groups(plan.chunks), notes, strict=True))
+        finish_dist_checkpoint(
+            working / WEIGHTS_FOLDER, zip(names, _groups(plan.chunks, job.file_bytes), notes, strict=True)
+        )
         _write_companions(plan, working / HF_FOLDER, changed=dtype is not None)
         known = {name: record.sha256 for name, record in zip(names, written, strict=True)}
         description = describe_files(working, plan.description(), known)
@@ -152,12 +155,12 @@ def _write_companions(plan: ImportPlan, folder: Path, *, changed: bool) -> None:
         write_config(folder, values)
 
 
-def _groups(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+def _groups(chunks: Sequence[Chunk], file_bytes: int) -> list[list[Chunk]]:
     """Chunks of each weight file."""
     groups: list[list[Chunk]] = []
     size = 0
     for chunk in chunks:
-        if not groups or size + chunk.size > MAX_FILE_BYTES:
+        if not groups or size + chunk.size > file_bytes:
             groups.append([])
             size = 0
         groups[-1].append(chunk)

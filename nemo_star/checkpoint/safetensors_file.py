@@ -29,6 +29,8 @@ DTYPES = {
 }
 """What is read, by the header's names."""
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "BOOL": 1, "F8_E5M2": 1}
+_NOT_COUNTED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+"""Further types of the format."""
 _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -82,6 +84,8 @@ def _entry(file: Path, values: dict[str, Any], data: int) -> StoredTensor:
     (start, end), shape, dtype = values["data_offsets"], tuple(values["shape"]), values["dtype"]
     if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
         raise ValueError("a size is no natural number")
+    if dtype not in _ITEM_BYTES and dtype not in _NOT_COUNTED:
+        raise ValueError(f"a type is {dtype!r}")
     return StoredTensor(file, str(dtype), shape, data + start, end - start)
 
 

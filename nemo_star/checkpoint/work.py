@@ -100,7 +100,7 @@ def convert(
     plan = json.dumps([identity, [(part.file, part.size) for part in parts]])
     journal = _Journal(working, hashlib.sha256(plan.encode()).hexdigest())
     missing = [number for number, part in enumerate(parts) if part.file not in journal.written]
-    _check_space(working, sum(parts[number].size for number in missing), resumed=len(missing) < len(parts))
+    check_space(working, sum(parts[number].size for number in missing))
     bar = tqdm(
         total=sum(part.tensors for part in parts),
         initial=sum(part.tensors for part in parts if part.file in journal.written),
@@ -203,13 +203,13 @@ def _empty(working: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _check_space(working: Path, needed: int, *, resumed: bool) -> None:
+def check_space(working: Path, needed: int) -> None:
+    """A ValueError where the disk of `working` has no room for `needed` bytes."""
     free = shutil.disk_usage(working).free
     if needed + _SPARE_BYTES > free:
-        more = " more" if resumed else ""
         raise ValueError(
-            f"the converted checkpoint takes {needed / 1e9:.2f} GB{more}, {working.parent} has {free / 1e9:.2f} GB "
-            "free: make room or give a target elsewhere"
+            f"what is to be written takes {needed / 1e9:.2f} GB, and {working.parent} has {free / 1e9:.2f} GB free: "
+            "make room, or give a target (cache_dir) elsewhere"
         )
 
 

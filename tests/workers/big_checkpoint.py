@@ -49,12 +49,15 @@ def main(folder, layers=16):
         TensorToWrite(name, torch.bfloat16, shape, partial(make, shape, seed))
         for seed, (name, shape) in enumerate(shapes(layers))
     ]
-    total, shards, size = sum(tensor.size for tensor in tensors), [[]], 0
+    total = left = sum(tensor.size for tensor in tensors)
+    shards, room = [], 0
     for tensor in tensors:
-        if size >= total * len(shards) / SHARDS:
+        if room <= 0:
+            room = left / (SHARDS - len(shards))
             shards.append([])
         shards[-1].append(tensor)
-        size += tensor.size
+        room -= tensor.size
+        left -= tensor.size
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
