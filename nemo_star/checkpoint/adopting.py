@@ -26,13 +26,13 @@ from nemo_star.checkpoint.description import (
     describe_files,
     write_description,
 )
+from nemo_star.checkpoint.directory import check_space, new_directory, refuse_existing
 from nemo_star.checkpoint.hf import architecture_of, copy_companions, read_config, write_config
 from nemo_star.checkpoint.importing import family_of
 from nemo_star.checkpoint.megatron import MegatronCheckpoint, check_settings
 from nemo_star.checkpoint.metadata import DistTensor, StoredChunk, read_metadata
 from nemo_star.checkpoint.stream import describe_dist_checkpoint
 from nemo_star.checkpoint.verify import checksums
-from nemo_star.checkpoint.work import check_space, new_directory, refuse_existing
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families.weights import Weight, each_layer_named
 

@@ -80,6 +80,9 @@ def read_description(directory: Path) -> CheckpointDescription:
         if (directory / "config.json").is_file():
             hint = " It looks like a Hugging Face checkpoint: convert it first, "
             hint += f"nemo-star convert import --source {directory} --target DIR"
+        elif any(next(directory.glob(f"{place}.metadata"), None) for place in ("", "weights/", "iter_*/")):
+            hint = " It looks like one of NeMo 2 or Megatron: import it first, "
+            hint += f"nemo-star convert import --source {directory} --target DIR --hf-config HF_DIR"
         raise ValueError(f"checkpoint {directory} is not a converted checkpoint: it has no {DESCRIPTION_FILE}.{hint}")
     try:
         values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))

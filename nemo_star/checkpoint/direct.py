@@ -55,8 +55,8 @@ class CheckpointPlace:
         """
         if not self.is_missing:
             return
+        from nemo_star.checkpoint.directory import TargetExists
         from nemo_star.checkpoint.importing import import_checkpoint
-        from nemo_star.checkpoint.work import TargetExists
 
         if environment_rank() == 0:
             print(f"converting {self.given}, once, into {self.converted} (cache_dir)", file=sys.stderr, flush=True)

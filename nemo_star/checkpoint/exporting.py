@@ -12,11 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from nemo_star.checkpoint.description import HF_FOLDER, WEIGHTS_FOLDER, CheckpointDescription, read_description
+from nemo_star.checkpoint.directory import new_directory, refuse_existing
 from nemo_star.checkpoint.hf import INDEX_FILE, SINGLE_FILE, copy_companions
 from nemo_star.checkpoint.safetensors_file import TensorToWrite, write_file
 from nemo_star.checkpoint.source import fingerprint
 from nemo_star.checkpoint.stream import DistCheckpointReader
-from nemo_star.checkpoint.work import Part, convert, new_directory, refuse_existing
+from nemo_star.checkpoint.work import Part, convert
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families import families
 from nemo_star.models.families.weights import Place, Weight, each_layer_named

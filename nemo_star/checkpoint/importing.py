@@ -20,12 +20,13 @@ from nemo_star.checkpoint.description import (
     describe_files,
     write_description,
 )
+from nemo_star.checkpoint.directory import new_directory, refuse_existing
 from nemo_star.checkpoint.hf import HFReader, Source, copy_companions, read_config, write_config
 from nemo_star.checkpoint.language_part import language_part
 from nemo_star.checkpoint.quantized import dequantized
 from nemo_star.checkpoint.source import fingerprint
 from nemo_star.checkpoint.stream import Chunk, finish_dist_checkpoint, write_chunks
-from nemo_star.checkpoint.work import Part, convert, new_directory, refuse_existing
+from nemo_star.checkpoint.work import Part, convert
 from nemo_star.config.model import ModelConfig
 from nemo_star.models.families import families
 from nemo_star.models.families.family import Family

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import hf_model
 
 from nemo_star import LLM
-from nemo_star.checkpoint import exporting, importing, work
+from nemo_star.checkpoint import directory, exporting, importing
 from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 from nemo_star.checkpoint.description import read_description
 from nemo_star.checkpoint.hf import INDEX_FILE, HFReader
@@ -103,7 +103,7 @@ def test_several_processes_give_the_same_bytes(tmp_path, small_files):
 def test_too_little_space_is_said_with_both_numbers(tmp_path, monkeypatch):
     hf_model(tmp_path / "hf")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(work.shutil, "disk_usage", lambda folder: usage._replace(free=1_230_000))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda folder: usage._replace(free=1_230_000))
     with pytest.raises(ValueError, match=r"takes 0.00 GB, and .* has 0.00 GB free: make room"):
         import_checkpoint(tmp_path / "hf", tmp_path / "out" / "target")
     assert not list((tmp_path / "out").iterdir())
