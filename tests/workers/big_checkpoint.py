@@ -52,7 +52,7 @@ def main(folder, layers=16):
     total = left = sum(tensor.size for tensor in tensors)
     shards, room = [], 0
     for tensor in tensors:
-        if room <= 0:
+        if room < tensor.size / 2:
             room = left / (SHARDS - len(shards))
             shards.append([])
         shards[-1].append(tensor)
