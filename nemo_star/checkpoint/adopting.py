@@ -26,7 +26,7 @@ from nemo_star.checkpoint.description import (
     describe_files,
     write_description,
 )
-from nemo_star.checkpoint.directory import check_space, new_directory, refuse_existing
+from nemo_star.checkpoint.directory import check_space, empty, new_directory, refuse_existing
 from nemo_star.checkpoint.hf import architecture_of, copy_companions, read_config, write_config
 from nemo_star.checkpoint.importing import family_of
 from nemo_star.checkpoint.megatron import MegatronCheckpoint, check_settings
@@ -72,6 +72,7 @@ def adopt_checkpoint(
     name = str(dtype).removeprefix("torch.")
     description = CheckpointDescription(FORMAT_VERSION, family.architecture, name, model, {}, unstacked=unstacked)
     with new_directory(target) as working:
+        empty(working)
         digests = _take_files(found.weights, tensors, working / WEIGHTS_FOLDER, copy=copy)
         describe_dist_checkpoint(working / WEIGHTS_FOLDER, tensors.items())
         _write_companions(working / HF_FOLDER, values, name, (folder, found.tokenizer))
@@ -176,6 +177,6 @@ def _take_files(weights: Path, tensors: Mapping[str, DistTensor], target: Path, 
 def _write_companions(target: Path, values: dict[str, Any], dtype: str, folders: Iterable[Path | None]) -> None:
     for folder in folders:
         if folder is not None:
-            copy_companions(folder, target)
+            copy_companions(folder, target, replace=False)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     write_config(target, values)

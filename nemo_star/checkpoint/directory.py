@@ -46,7 +46,7 @@ class Journal:
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         lines = text.splitlines()
         if not lines or lines[0] != identity:
-            _empty(working)
+            empty(working)
             self._append(identity)
             return
         if not text.endswith("\n"):  # killed while the last line was written
@@ -79,8 +79,8 @@ class Journal:
             os.fsync(stream.fileno())
 
 
-def _empty(working: Path) -> None:
-    """All but the lock, which this process holds."""
+def empty(working: Path) -> None:
+    """Remove what an earlier conversion left: all but the lock, which this process holds."""
     for path in working.iterdir():
         if path.name == _LOCK:
             continue

@@ -156,12 +156,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files that `target` does not have; weights stay behind."""
+def copy_companions(source: Path, target: Path, *, replace: bool = True) -> None:
+    """Copy configuration and tokenizer files, in place of those in `target` or only the others; weights stay behind."""
     target.mkdir(parents=True, exist_ok=True)
     for pattern in COMPANION_PATTERNS:
         for file in source.glob(pattern):
-            if file.is_file() and not (target / file.name).exists():
+            if file.is_file() and (replace or not (target / file.name).exists()):
                 shutil.copyfile(file, target / file.name)
 
 

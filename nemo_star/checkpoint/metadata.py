@@ -102,13 +102,16 @@ def read_raw_metadata(directory: Path) -> Metadata:
     return found
 
 
-def read_metadata(directory: Path) -> dict[str, DistTensor]:
+def read_metadata(directory: Path, raw: Metadata | None = None) -> dict[str, DistTensor]:
     """The tensors of a torch_dist checkpoint, by key; all else in it (steps, states of layers) is left out.
+
+    Args:
+        raw: torch's object, where it has been read already.
 
     Raises:
         ValueError: as above; or a tensor whose bytes do not lie in a file beside it, or beyond its end.
     """
-    raw = read_raw_metadata(directory)
+    raw = raw or read_raw_metadata(directory)
     sizes: dict[str, int] = {}
     tensors = {}
     for key, stored in raw.state_dict_metadata.items():

@@ -147,7 +147,7 @@ class DistCheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         self._storage = _Reader(directory)
-        self.tensors = read_metadata(directory)
+        self.tensors = read_metadata(directory, self._storage.read_metadata())
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """The tensor `key`, or what lies at `index` of its first dimensions (layer, expert), in its stored type."""

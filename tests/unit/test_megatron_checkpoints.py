@@ -158,6 +158,7 @@ def test_it_loads_where_it_lies_with_the_logits_of_transformers(tmp_path, layout
 
 def test_weights_are_copied_where_that_is_asked_for(tmp_path, original):
     folder = nemo(tmp_path / "given", original)
+    (tmp_path / ".converted.partial" / "weights").mkdir(parents=True)  # what another conversion left
     command = ["import", "--source", str(folder), "--target", "converted", "--hf-config", str(original), "--copy"]
     assert main(command) == 0
     shutil.rmtree(folder)
