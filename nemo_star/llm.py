@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from nemo_star.checkpoint.direct import locate_checkpoint
-from nemo_star.checkpoint.verify import verify_checkpoint
+from nemo_star.checkpoint.verify import require_checksums, verify_checkpoint
 from nemo_star.config.llm import LLMConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.strict import parse
@@ -130,6 +130,8 @@ class LLM:
         """All of it but the weights."""
         self._place = locate_checkpoint(folder, self.config.cache_dir)
         self.description = on_first_rank(self._place.describe)
+        if self.config.verify:
+            require_checksums(self._place.converted, self.description)
         check_layout(self.description.model, self.groups.layout, self.method)
         divides_sequence = self.config.parallel.sequence_parallel
         check_experts(self.description.model, self.groups.layout, sequence_parallel=divides_sequence)

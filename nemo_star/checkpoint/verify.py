@@ -26,6 +26,15 @@ def checksums(files: Sequence[Path], label: str) -> Iterator[str]:
             yield digest
 
 
+def require_checksums(directory: Path, description: CheckpointDescription) -> None:
+    """A ValueError where there is nothing to compare with."""
+    if description.weight_files and not description.sha256:
+        raise ValueError(
+            f"checkpoint {directory} is of format version {description.format_version}, which has no checksums: "
+            "convert it again, or leave out verify"
+        )
+
+
 def verify_checkpoint(directory: Path, description: CheckpointDescription, *, share: tuple[int, int] = (0, 1)) -> None:
     """Compare the weight files with the checksums of their description, which was read from `directory`.
 
@@ -35,11 +44,7 @@ def verify_checkpoint(directory: Path, description: CheckpointDescription, *, sh
     Raises:
         ValueError: a file with another content, by name; a checkpoint that has no checksums.
     """
-    if not description.sha256:
-        raise ValueError(
-            f"checkpoint {directory} is of format version {description.format_version}, which has no checksums: "
-            "convert it again, or leave out verify"
-        )
+    require_checksums(directory, description)
     number, count = share
     names = sorted(description.sha256)[number::count]
     files = [directory / WEIGHTS_FOLDER / name for name in names]

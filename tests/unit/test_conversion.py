@@ -25,6 +25,7 @@ from nemo_star.checkpoint.safetensors_file import read_header
 from nemo_star.checkpoint.stream import DistCheckpointReader
 from nemo_star.checkpoint.verify import verify_checkpoint
 from nemo_star.commands.convert import main
+from nemo_star.config.llm import LLMConfig
 
 FILE_BYTES = 40_000
 
@@ -162,6 +163,8 @@ def test_a_checkpoint_of_format_version_1_loads(tmp_path, tiny):
     assert read_description(copy).model == read_description(tiny).model
     with pytest.raises(ValueError, match="format version 1, which has no checksums"):
         verify_checkpoint(copy, read_description(copy))
+    with pytest.raises(ValueError, match="has no checksums: convert it again, or leave out verify"):
+        LLM.opened(LLMConfig(checkpoint=str(copy), verify=True))
     description["format_version"] = 3
     (copy / "nemo_star.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="has format version 3, this program reads 1 and 2"):
