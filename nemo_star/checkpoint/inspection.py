@@ -109,4 +109,5 @@ def _companions(folder: Path) -> Iterator[str]:
 
 
 def _size(sizes: Iterable[int]) -> str:
-    return f"{sum(sizes) / 1e9:.2f} GB"
+    total = sum(sizes)
+    return f"{total / 1e9:.2f} GB" if total >= 10**8 else f"{total / 1e6:.2f} MB"

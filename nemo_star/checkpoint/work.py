@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -85,6 +86,8 @@ def convert(
     journal = Journal(working, hashlib.sha256(plan.encode()).hexdigest())
     missing = [number for number, part in enumerate(parts) if part.file not in journal.written]
     check_space(working, sum(parts[number].size for number in missing))
+    if journal.written and environment_rank() == 0:
+        print(f"going on in {working}: {len(journal.written)} of {len(parts)} files are there", file=sys.stderr)
     bar = tqdm(
         total=sum(part.tensors for part in parts),
         initial=sum(part.tensors for part in parts if part.file in journal.written),

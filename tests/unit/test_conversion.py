@@ -57,7 +57,7 @@ def test_two_imports_give_the_same_bytes_and_checksums(tmp_path, small_files):
 
 
 @pytest.mark.parametrize(("action", "count"), [("import", 9), ("export", 25)])
-def test_killed_in_the_middle_and_resumed_it_gives_the_same_bytes(tmp_path, small_files, action, count):
+def test_killed_in_the_middle_and_resumed_it_gives_the_same_bytes(tmp_path, small_files, capsys, action, count):
     hf_model(tmp_path / "hf", "sharded")
     source, convert = tmp_path / "hf", import_checkpoint
     if action == "export":
@@ -74,6 +74,7 @@ def test_killed_in_the_middle_and_resumed_it_gives_the_same_bytes(tmp_path, smal
     with (partial / ".journal").open("a") as journal:
         journal.write('{"file": "wei')  # a line that was cut
     convert(source, tmp_path / "target")
+    assert f"going on in {partial}: {len(complete)} of " in capsys.readouterr().err
     assert content(tmp_path / "target") == content(tmp_path / "whole")
     assert times == {name: (tmp_path / "target" / name).stat().st_mtime_ns for name in complete}
     assert not partial.exists()
