@@ -32,7 +32,11 @@ class LLMConfig:
     """What `LLM` takes, and the keys that every tool with a checkpoint has."""
 
     checkpoint: str | None = None
-    """Directory made by `nemo-star convert import`."""
+    """Directory made by `nemo-star convert import`; or a Hugging Face directory, converted once into `cache_dir`."""
+    cache_dir: str | None = None
+    """Folder for what is converted so; None: nemo_star in $XDG_CACHE_HOME, or ~/.cache."""
+    verify: bool = False
+    """Compare the weight files with their checksums before loading, which reads them once more."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
     chat_template: bool = False
@@ -45,7 +49,10 @@ class LLMConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError("checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import")
+            raise ValueError(
+                "checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import, or a "
+                "Hugging Face directory"
+            )
         check_template_kwargs(self.chat_template_kwargs)
         method_class(self.attention.kind)
 
