@@ -26,7 +26,7 @@ from nemo_star.kernels.numba_vectors import (
     store_quarters,
 )
 
-TILE = 128
+TILE = 64
 """Tokens worked on at once."""
 FLAGS = frozenset({"reassoc", "contract", "nsz", "arcp", "afn"})
 """Of fastmath, without those that take nan and infinity for impossible: a broken checkpoint must not look sound."""
