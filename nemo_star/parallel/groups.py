@@ -128,31 +128,34 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
-def on_first_rank(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 and give its result to every rank; its ValueError or OSError is raised on every rank."""
+def on_first_rank(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `make` on the first rank and give its result to every rank of the group (None: all); its ValueError or
+    OSError is raised on every rank."""
     box: list[T | Exception | None] = [None]
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             box[0] = make()
         except (ValueError, OSError) as error:
             box[0] = error
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group=group, group_src=0)
     result = box[0]
     if isinstance(result, ValueError | OSError):
         raise result
     return cast(T, result)
 
 
-def on_every_rank(make: Callable[[], T]) -> T:
-    """Run `make` on every rank; if it fails anywhere, every rank raises the first failing rank's error, by name."""
+def on_every_rank(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `make` on every rank of the group (None: all); if it fails anywhere, every rank raises the first failing
+    rank's error, by name."""
     failure = None
     result: T | None = None
     try:
         result = make()
     except Exception as error:
         failure = str(error) if isinstance(error, ValueError) else repr(error)
-    failures = gather_objects(failure)
+    failures = gather_objects(failure, group)
     for rank, message in enumerate(failures):
         if message is not None:
-            raise ValueError(message if len(set(failures)) == 1 else f"rank {rank}: {message}")
+            number = rank if group is None else dist.get_global_rank(group, rank)
+            raise ValueError(message if len(set(failures)) == 1 else f"rank {number}: {message}")
     return cast(T, result)
