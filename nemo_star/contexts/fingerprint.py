@@ -16,7 +16,7 @@ from nemo_star.methods.method import Method
 SAMPLED_BYTES = 4096
 """Of every SAMPLE_EVERY bytes of a weight file without a checksum."""
 SAMPLE_EVERY = 2**20
-EXACT_UNIT = 256
+EXACT_UNIT = 1024
 """Tokens of a block, to find texts that begin alike, where the method cuts a context anywhere."""
 
 
@@ -58,6 +58,11 @@ def root_digest(fingerprint: str, method: Method, *, owner: str, parts: Sequence
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).digest()
 
 
+def owner_digest(salt: str, owner: str) -> str:
+    """What stands for an owner in the names of files."""
+    return hashlib.sha256(json.dumps([salt, owner]).encode()).hexdigest()[:32]
+
+
 def unit_of(method: Method, context_tokens: int) -> int:
     """Tokens of the blocks by which texts that begin alike are found."""
     return method.sizes(context_tokens)[0] if method.has_blocks else EXACT_UNIT
@@ -71,5 +76,9 @@ def block_digests(root: bytes, ids: Tensor, unit: int) -> list[bytes]:
     for start in range(0, whole, unit):
         digest = hashlib.sha256(digest + content[start : start + unit].tobytes()).digest()
         found.append(digest)
-    end = f"end {len(ids)}".encode()
-    return [*found, hashlib.sha256(digest + content[whole:].tobytes() + end).digest()]
+    return [*found, end_digest(digest, ids[whole:], len(ids))]
+
+
+def end_digest(before: bytes, rest: Tensor, tokens: int) -> bytes:
+    """Of a whole text of so many tokens: the digest of its last whole block, and the `rest` after that."""
+    return hashlib.sha256(before + rest.numpy().tobytes() + f"end {tokens}".encode()).digest()

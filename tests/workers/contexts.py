@@ -30,7 +30,8 @@ def appended(engine, ids, query, ends):
     engine.method = settled
     for start, stop in zip(ends, [*ends[1:], len(ids)], strict=True):
         finished(engine.extend(context, ids[start:stop]))
-    assert context.tokens == len(ids) and context.ids.tolist() == list(ids)
+    assert context.tokens == len(ids)
+    assert context.ids.tolist() == list(ids)
     held = gather_objects((engine.groups.cp.rank(), context.cache.tokens))
     assert sum(dict(held).values()) == len(ids)
     assert context.cache.tokens == context.partition.tokens_of(engine.groups.cp.rank())
