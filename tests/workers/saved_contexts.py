@@ -1,14 +1,17 @@
 """Worker of test_saved_contexts.py: saves contexts, loads them at this layout, kills itself while saving, walks."""
 
+import functools
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from store_walk import walk
 
+import nemo_star.llm
 from nemo_star import LLM
 from nemo_star.contexts import files, index
 from nemo_star.contexts.storage import load_context, save_context
@@ -41,7 +44,7 @@ def save(engine, case):
     """Encode, in parts that end at `ends`, save, and load; answers of what was saved, and of what was loaded."""
     ids, ends, folder = case["ids"], case["ends"], Path(case["folder"])
     context = engine.encode(ids[: ends[0]])
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         finished(engine.extend(context, ids[start:stop]))
     save_context(engine, context, folder, fingerprint="weights")
     loaded = load_context(engine, folder, fingerprint="weights")
@@ -100,6 +103,8 @@ def walked(engine, case):
 
 def main(requests, output):
     found, logits = [], {}
+    # Process groups stay until the end, and each has threads of its own: one set to a layout.
+    nemo_star.llm.create_groups = functools.cache(nemo_star.llm.create_groups)
     for number, run in enumerate(json.loads(Path(requests).read_text())):
         llm = LLM(run["checkpoint"], attention=run["attention"], parallel=run["parallel"])
         result = globals()[run["do"]](llm.engine, run)
