@@ -15,6 +15,7 @@ from nemo_star.runtime.transformer_engine import prepare_imports
 LITERAL_KEYS = (
     "checkpoint",
     "cache_dir",
+    "cache.folder",
     "context",
     "context_file",
     "query",

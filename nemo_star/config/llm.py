@@ -25,6 +25,15 @@ class CacheConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of cached keys and values; None: the model's."""
+    budget_gib: float | None = None
+    """Memory of the fullest rank, in GiB, for the K/V of contexts that are kept for further questions; None: half of
+    what the weights leave."""
+    folder: str | None = None
+    """Where contexts go that do not fit into it, and where a later run finds them; None: they are dropped."""
+
+    def __post_init__(self) -> None:
+        if self.budget_gib is not None and self.budget_gib <= 0:
+            raise ValueError(f"cache.budget_gib={self.budget_gib} must be above 0")
 
 
 @dataclass(frozen=True)

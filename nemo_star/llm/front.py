@@ -15,6 +15,7 @@ import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,9 @@ from nemo_star.checkpoint.verify import require_checksums, verify_checkpoint
 from nemo_star.config.llm import LLMConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.strict import parse
+from nemo_star.contexts.fingerprint import weights_fingerprint
+from nemo_star.contexts.storage import load_context, save_context
+from nemo_star.contexts.store import ContextStore
 from nemo_star.engine.build import build_engine, dtype_name
 from nemo_star.engine.context import Sequence as SequenceOfTokens
 from nemo_star.engine.engine import Engine, finished
@@ -357,9 +361,38 @@ class LLM:
             )
         return warnings
 
-    def fits(self, context_tokens: int) -> bool:
-        """Whether several contexts, of so many tokens together, can be held at the same time."""
-        return self._limit.fits(context_tokens)
+    def context_store(self) -> ContextStore:
+        """A store of contexts on this rank's replica, with the budget and folder of the group `cache`."""
+        cache = self.config.cache
+        return ContextStore(
+            self.engine,
+            budget_bytes=self._limit.kv_budget if cache.budget_gib is None else int(cache.budget_gib * 2**30),
+            fingerprint=self.fingerprint,
+            folder=None if cache.folder is None else Path(cache.folder),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are."""
+        return on_first_rank(lambda: weights_fingerprint(self.description, self._place.converted))
+
+    def load(self, folder: str | Path, *, verify: bool = False) -> Book:
+        """A book that was saved (`Book.save`), at whatever layout.
+
+        Args:
+            verify: compare checksums, which takes reading all of it once more.
+
+        Raises:
+            ValueError: on all ranks alike: nothing saved there, another model's, damaged files.
+        """
+        with self.watchdog.suspended("loading a context"):
+            loaded = load_context(self.engine, Path(folder), fingerprint=self.fingerprint, verify=verify)
+        return Book(self, loaded)
+
+    def save(self, book: Book, folder: str | Path) -> None:
+        """`Book.save`."""
+        with self.watchdog.suspended("saving a context"):
+            save_context(self.engine, book.encoded, Path(folder), fingerprint=self.fingerprint)
 
     def check_sampling(self, params: SamplingParams) -> None:
         """Refuse what needs text where there is no tokenizer, on all ranks."""
