@@ -69,17 +69,27 @@ class KVCache:
     def append(self, layer_number: int, k: Tensor, v: Tensor, *, of: int | None = None) -> None:
         """Copy k, v [tokens, b, ng, hn] behind what the layer holds; the last ones of `of` tokens, where a windowed
         layer leaves out what nobody will look at."""
+        room_k, room_v = self.room(layer_number, k.shape[0], like=k, of=of)
+        room_k.copy_(k)
+        room_v.copy_(v)
+
+    def room(self, layer_number: int, tokens: int, *, like: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
+        """Views (k, v), each [tokens, b, ng, hn], of room for further tokens behind what the layer holds, to be filled
+        by the caller; `of` as in `append`.
+
+        Args:
+            like: a tensor [any, b, ng, hn] on the cache's device.
+        """
         layer = self._layers.get(layer_number)
         start = layer.tokens if layer else 0
-        stop = start + k.shape[0]
+        stop = start + tokens
         if layer is None or stop > layer.k.shape[0]:
             # Past the plan it grows by an eighth, so that appending stays cheap.
             capacity = max(stop, self._capacity if of is None else 0) if start == 0 else stop + stop // 8
-            layer = self._layers[layer_number] = self._grown(layer, k, start, capacity)
-        layer.k[start:stop].copy_(k)
-        layer.v[start:stop].copy_(v)
+            layer = self._layers[layer_number] = self._grown(layer, like, start, capacity)
         layer.tokens = stop
-        layer.given += k.shape[0] if of is None else of
+        layer.given += tokens if of is None else of
+        return layer.k[start:stop], layer.v[start:stop]
 
     def get(self, layer_number: int) -> tuple[Tensor, Tensor] | None:
         """Views (k, v), each [tokens, b, ng, hn], of what the layer holds; None where it holds nothing."""
@@ -109,12 +119,12 @@ class KVCache:
                 kept.v.copy_(layer.v[first : layer.tokens])
                 self._layers[number] = kept
 
-    def extend(self, other: KVCache) -> None:
-        """Append what another cache of the same layers holds."""
-        for number in other._layers:
-            kv = other.get(number)
-            if kv is not None:
-                self.append(number, *kv)
+    def extend(self, other: KVCache, *, less: int = 0) -> None:
+        """Append what another cache of the same layers holds, but for its last `less` tokens."""
+        for number, layer in other._layers.items():
+            kept, given = layer.tokens - min(less, layer.tokens), layer.given - min(less, layer.given)
+            if given:
+                self.append(number, layer.k[:kept], layer.v[:kept], of=given)
 
     def copy(self) -> KVCache:
         """The same tokens in buffers of their own."""

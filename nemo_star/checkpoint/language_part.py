@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_star.checkpoint.hf import HFReader
+from nemo_star.checkpoint.hf import Source
 
 _ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
@@ -30,9 +30,9 @@ _OTHERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 
 
 class LanguagePart:
-    """The same as `HFReader`, of the language model alone."""
+    """The same `Source`, of the language model alone."""
 
-    def __init__(self, whole: HFReader) -> None:
+    def __init__(self, whole: Source) -> None:
         self.directory = whole.directory
         self._whole = whole
         self._names = {_alone(name): name for name in whole.names() if not name.startswith(_OTHERS)}
@@ -60,10 +60,7 @@ class LanguagePart:
         return self._whole.file_of(self._names[name])
 
 
-Source = HFReader | LanguagePart
-
-
-def language_part(reader: HFReader) -> Source:
+def language_part(reader: Source) -> Source:
     """The language model of a checkpoint that is known to have one inside; any other checkpoint as it is."""
     text = reader.values.get("text_config")
     known = _ARCHITECTURES.get(reader.architecture, {})

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_star.checkpoint.description import WEIGHTS_FOLDER
+from nemo_star.checkpoint.metadata import read_raw_metadata
 
 
 def load_weights(model: GPTModel, checkpoint: Path, *, layer_by_layer: bool = False) -> None:
@@ -20,8 +21,9 @@ def load_weights(model: GPTModel, checkpoint: Path, *, layer_by_layer: bool = Fa
         layer_by_layer: layers are not all alike, so that the checkpoint has keys for each instead of stacked ones.
 
     Raises:
-        ValueError: a tensor that the model needs is missing or has another shape.
+        ValueError: a tensor that the model needs is missing or has another shape; a `.metadata` that is another pickle.
     """
+    read_raw_metadata(checkpoint / WEIGHTS_FOLDER)  # refuses what Megatron would run when it unpickles the same file
     wanted = model.sharded_state_dict(
         metadata={"dp_cp_group": model.pg_collection.dp_cp, "non_homogeneous_layers": layer_by_layer}
     )

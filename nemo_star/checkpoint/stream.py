@@ -1,40 +1,39 @@
 """A Megatron dist_checkpoint as a stream: written and read in one process, one tensor in memory at a time.
 
 Megatron's own `dist_checkpointing.save` wants a built model, CUDA and all weights in memory, its `load` the whole of a
-tensor stacked over layers. The format is torch's distributed checkpoint plus two small files, so conversion goes
-through torch's planner interface: a tensor is made when it is its turn, a rectangle is read wherever chunks hold it.
-Megatron's `dist_checkpointing.load` reads what is written here at any layout.
+tensor stacked over layers; torch's writer writes `.metadata` of all files at its end, so a conversion that was killed
+could not go on. The format is torch's distributed checkpoint plus two small files: a `.distcp` file holds tensors one
+after the other, each as `torch.save` writes it, and `.metadata` says which lies where. Megatron's
+`dist_checkpointing.load` reads what is written here at any layout.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_star.checkpoint.metadata import (
+    DistTensor,
+    StoredChunk,
+    read_metadata,
+    read_raw_metadata,
+    write_metadata,
+)
 
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -57,49 +56,50 @@ class Chunk:
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-class _StreamingPlanner(DefaultSavePlanner):
-    """Plans the given chunks and makes each when the writer asks for it."""
 
-    def __init__(self, chunks: Sequence[Chunk], on_written: Callable[[Chunk], None]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = {(chunk.key, chunk.offsets): chunk for chunk in chunks}
-        self._on_written = on_written
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(chunk) for chunk in self._chunks.values()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        index = write_item.index
-        assert index.offset is not None
-        chunk = self._chunks[index.fqn, tuple(index.offset)]
-        tensor = chunk.make().reshape(chunk.shape).contiguous()
+def write_chunks(stream: BinaryIO, chunks: Sequence[Chunk], on_written: Callable[[], None]) -> list[list[int]]:
+    """The content of one `.distcp` file; returns [start, bytes] of each chunk in it."""
+    places = []
+    start = stream.tell()
+    for chunk in chunks:
+        tensor = chunk.make().reshape(chunk.shape)
         assert tensor.dtype == chunk.dtype
-        self._on_written(chunk)
-        return tensor
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != chunk.size:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)  # a view would be saved with all it views
+        torch.save(tensor, stream)
+        del tensor
+        end = stream.tell()
+        places.append([start, end - start])
+        start = end
+        on_written()
+    return places
 
 
-def _write_item(chunk: Chunk) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(chunk.key, torch.Size(chunk.offsets)),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape)),
-            properties=TensorProperties(dtype=chunk.dtype),
-            size=torch.Size(chunk.global_shape),
-        ),
+def finish_dist_checkpoint(directory: Path, written: Iterable[tuple[str, Sequence[Chunk], list[list[int]]]]) -> None:
+    """Write what stands beside the `.distcp` files, given as (name, chunks, what `write_chunks` returned).
+
+    The chunks together must cover their tensors.
+    """
+    chunks: dict[str, list[StoredChunk]] = {}
+    tensors: dict[str, Chunk] = {}
+    for file, group, places in written:
+        for chunk, (start, size) in zip(group, places, strict=True):
+            tensors.setdefault(chunk.key, chunk)
+            chunks.setdefault(chunk.key, []).append(StoredChunk(chunk.offsets, chunk.shape, file, start, size))
+    described = (
+        (key, DistTensor(chunk.global_shape, chunk.dtype, tuple(chunks[key]))) for key, chunk in tensors.items()
     )
+    describe_dist_checkpoint(directory, described)
 
 
-def write_dist_checkpoint(
-    directory: Path, chunks: Sequence[Chunk], *, on_written: Callable[[Chunk], None] = lambda chunk: None
-) -> None:
-    """Write `chunks`, which together must cover their tensors, as a torch_dist checkpoint that Megatron loads."""
-    directory.mkdir(parents=True)
-    planner = _StreamingPlanner(chunks, on_written)
-    with _one_process():
-        dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True)
+def describe_dist_checkpoint(directory: Path, tensors: Iterable[tuple[str, DistTensor]]) -> None:
+    """Write the files that make a torch_dist checkpoint of a folder of `.distcp` files."""
+    write_metadata(directory, tensors)
     torch.save({}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_BACKENDS) + "\n", encoding="utf-8")
 
@@ -129,19 +129,31 @@ class _RectanglePlanner(DefaultLoadPlanner):
         """Nothing to do: what `resolve_tensor` gave is a view of the target."""
 
 
+class _Reader(dcp.FileSystemReader):
+    """torch's, with a description that was read safely, and once."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._metadata = read_raw_metadata(directory)
+        if getattr(self._metadata, "storage_meta", None) is None:
+            self._metadata.storage_meta = StorageMeta()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._metadata
+
+
 class DistCheckpointReader:
     """Shapes and parts of the tensors of a torch_dist checkpoint."""
 
     def __init__(self, directory: Path) -> None:
-        self._storage = dcp.FileSystemReader(directory)
-        stored = self._storage.read_metadata().state_dict_metadata
-        self.tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+        self._storage = _Reader(directory)
+        self.tensors = read_metadata(directory, self._storage.read_metadata())
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """The tensor `key`, or what lies at `index` of its first dimensions (layer, expert), in its stored type."""
         stored = self.tensors[key]
-        shape = tuple(stored.size)[len(index) :]
-        target = torch.empty(*(1 for _ in index), *shape, dtype=stored.properties.dtype)
+        shape = stored.shape[len(index) :]
+        target = torch.empty(*(1 for _ in index), *shape, dtype=stored.dtype)
         offsets = (*index, *(0 for _ in shape))
         with _one_process():
             dcp.load({}, storage_reader=self._storage, planner=_RectanglePlanner(key, offsets, target), no_dist=True)

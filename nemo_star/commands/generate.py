@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_star.checkpoint.description import read_description
+from nemo_star.checkpoint.direct import locate_checkpoint
 from nemo_star.config.compose import compose
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.runtime.importing import no_garbage_collection
@@ -13,6 +14,8 @@ from nemo_star.runtime.transformer_engine import prepare_imports
 
 LITERAL_KEYS = (
     "checkpoint",
+    "cache_dir",
+    "cache.folder",
     "context",
     "context_file",
     "query",
@@ -30,7 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     # A wrong path is found before torch and Megatron are imported, which takes seconds.
-    read_description(Path(str(config.checkpoint)))
+    place = locate_checkpoint(Path(str(config.checkpoint)), config.cache_dir)
+    if not place.is_missing:
+        read_description(place.converted)
     with no_garbage_collection():
         prepare_imports()
         # Only now: importing Megatron takes seconds.

@@ -25,6 +25,15 @@ class CacheConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of cached keys and values; None: the model's."""
+    budget_gib: float | None = None
+    """Memory of the fullest rank, in GiB, for the K/V of contexts that are kept for further questions; None: half of
+    what the weights leave."""
+    folder: str | None = None
+    """Where contexts go that do not fit into it, and where a later run finds them; None: they are dropped."""
+
+    def __post_init__(self) -> None:
+        if self.budget_gib is not None and self.budget_gib <= 0:
+            raise ValueError(f"cache.budget_gib={self.budget_gib} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,11 @@ class LLMConfig:
     """What `LLM` takes, and the keys that every tool with a checkpoint has."""
 
     checkpoint: str | None = None
-    """Directory made by `nemo-star convert import`."""
+    """Directory made by `nemo-star convert import`; or a Hugging Face directory, converted once into `cache_dir`."""
+    cache_dir: str | None = None
+    """Folder for what is converted so; None: nemo_star in $XDG_CACHE_HOME, or ~/.cache."""
+    verify: bool = False
+    """Compare the weight files with their checksums before loading, which reads them once more."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the model computes in; None: float32 on CPU, bfloat16 on GPU."""
     chat_template: bool = False
@@ -45,7 +58,10 @@ class LLMConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError("checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import")
+            raise ValueError(
+                "checkpoint is not set: give checkpoint=DIR, a directory made by nemo-star convert import, or a "
+                "Hugging Face directory"
+            )
         check_template_kwargs(self.chat_template_kwargs)
         method_class(self.attention.kind)
 

@@ -39,7 +39,7 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
         config.attention, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
     )
     model = build_model(shape, state=state, groups=groups, dtype=dtype, device=device)
-    load_weights(model, Path(str(config.checkpoint)), layer_by_layer=shape.layers_differ)
+    load_weights(model, Path(str(config.checkpoint)), layer_by_layer=shape.layers_differ or description.unstacked)
     return engine_around(
         model,
         state,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
+from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState, ContextRows, DecodeStep, Near, PrefillStep, SequenceRows
 from nemo_star.engine.context import EncodedContext, Sequence, block_spans_backwards, positions_from
 from nemo_star.engine.encoding import BlockEncoding, Encoding, GoingOn
@@ -85,7 +86,16 @@ class Engine:
 
         Args:
             context_ids: what is added.
+
+        Raises:
+            ValueError: the context comes from disk, of a method with blocks that this engine's layers do not have.
         """
+        method = context.method
+        if not method.exact and attention_class(method) is not attention_class(self.method):
+            raise ValueError(
+                f"a context of attention={method.kind} cannot go on in an engine of attention={self.method.kind}: "
+                f"start one with attention={method.kind}, or encode the longer text here"
+            )
         ids = torch.cat((context.ids, torch.as_tensor(context_ids, dtype=torch.int32)))
         first = context.method.goes_on_from(context.tokens)
         if first < context.tokens:

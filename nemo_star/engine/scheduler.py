@@ -37,6 +37,8 @@ class ContextWork:
     context: EncodedContext | None = None
     on_block: Callable[[], None] = lambda: None
     """Called after each block that this rank has encoded."""
+    on_encoded: Callable[[EncodedContext], None] = lambda context: None
+    """Called when it is there, encoded or found."""
     report: PrefillReport | None = None
     """What encoding took, once it is done here."""
     began: float | None = None
@@ -165,7 +167,7 @@ class Scheduler:
             return
         work.began = started
         if isinstance(opened, EncodedContext):
-            work.context = opened
+            self._there(work, opened)
         else:
             self._encoding = work, opened
 
@@ -181,9 +183,13 @@ class Scheduler:
         if encoding.advance():
             work.on_block()
         if not encoding.steps_left:
-            work.context = encoding.context
-            work.report = self.engine.prefill_report(encoding.context)
             self._encoding = None
+            self._there(work, encoding.context)
+
+    def _there(self, work: ContextWork, context: EncodedContext) -> None:
+        work.context = context
+        work.report = self.engine.prefill_report(context)
+        work.on_encoded(context)
 
     def _decode(self) -> list[Question]:
         logits = self.engine.decode([(live.sequence, live.run) for live in self._live])

@@ -25,8 +25,8 @@ MIN_BYTES = 2**22
 """K and V of a layer: below, compiling takes longer than a few hundred tokens gain."""
 BYTES_PER_THREAD = 2**20
 """Of K and V: below, handing the work over takes longer than the work."""
-_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""As in numba_code.py."""
+_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
+"""As in numba_code.py: numpy has no bfloat16, and Numba no float16."""
 
 
 def is_installed() -> bool:
@@ -54,7 +54,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         q.shape[0] == 1
         and q.shape[2] // k.shape[2] <= MAX_ROWS
         and 2 * k.nbytes >= MIN_BYTES
-        and k.dtype in _STORED
+        and k.dtype in _BITS
         and k.dtype == v.dtype
         and k.shape == v.shape
         and k.shape[3] % 16 == 0
@@ -77,14 +77,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     _, b, heads, hn = q.shape
     sk, _, ng, _ = k.shape
     rows, padded = heads // ng, -(-heads // ng // 4) * 4
-    work = _code(padded, hn, _STORED[k.dtype])
+    work = _code(padded, hn, str(k.dtype).removeprefix("torch."))
     threads = max(1, min(torch.get_num_threads(), 2 * k.nbytes // BYTES_PER_THREAD, sk))
     scaled = q.new_zeros(b, ng, padded, hn, dtype=torch.float32)
     scaled[:, :, :rows] = q[0].view(b, ng, rows, hn) * (scale * math.log2(math.e))
     out = scaled.new_empty(threads, b, ng, padded, hn)
     lse = scaled.new_empty(threads, b, ng, padded)
-    bits = torch.int32 if k.dtype == torch.float32 else torch.int16
-    keys, values = (x.view(bits).permute(1, 2, 0, 3).numpy() for x in (k, v))
+    keys, values = (x.view(_BITS[k.dtype]).permute(1, 2, 0, 3).numpy() for x in (k, v))
     queries, outs, lses = (x.numpy() for x in (scaled, out, lse))
 
     def run(thread: int) -> None:
@@ -114,7 +113,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @functools.cache
-def _code(rows: int, channels: int, stored: int) -> Any:
+def _code(rows: int, channels: int, stored: str) -> Any:
     from nemo_star.kernels.numba_code import compiled
 
     return compiled(rows, channels, stored)

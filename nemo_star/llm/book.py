@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_star.attention.cache import KVCache
@@ -53,6 +54,15 @@ class Book:
             ValueError: an empty or unknown text or token, or a context that certainly does not fit.
         """
         self._llm.append(self, text)
+
+    def save(self, folder: str | Path) -> None:
+        """Keep it on disk, for `LLM.load`: a folder, which must be the same one on all machines. What was saved there
+        before is replaced when all is written.
+
+        Raises:
+            ValueError, OSError: on all ranks alike: a folder that cannot be written.
+        """
+        self._llm.save(self, folder)
 
     def work(self) -> ContextWork:
         """For the scheduler."""

@@ -15,15 +15,20 @@ import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from nemo_star.checkpoint.description import HF_FOLDER, read_description
+from nemo_star.checkpoint.direct import locate_checkpoint
+from nemo_star.checkpoint.verify import require_checksums, verify_checkpoint
 from nemo_star.config.llm import LLMConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.strict import parse
+from nemo_star.contexts.fingerprint import weights_fingerprint
+from nemo_star.contexts.storage import load_context, save_context
+from nemo_star.contexts.store import ContextStore
 from nemo_star.engine.build import build_engine, dtype_name
 from nemo_star.engine.context import Sequence as SequenceOfTokens
 from nemo_star.engine.engine import Engine, finished
@@ -44,7 +49,7 @@ from nemo_star.parallel.groups import (
 from nemo_star.parallel.layout import check_layout, plan_layout
 from nemo_star.planning.limit import MemoryLimit
 from nemo_star.planning.work import Workload
-from nemo_star.runtime.launch import environment_world_size
+from nemo_star.runtime.launch import environment_local_rank, environment_world_size
 from nemo_star.runtime.memory import FreeMemory, free_memory
 from nemo_star.runtime.watchdog import watchdog_of_this_job
 from nemo_star.text.chat import split_messages
@@ -60,8 +65,10 @@ class LLM:
     """A model on all ranks that were started, `tp * cp * pp` of them to a replica.
 
     Args:
-        checkpoint: directory made by `nemo-star convert import`.
+        checkpoint: directory made by `nemo-star convert import`, or a Hugging Face directory, which is converted once
+            into `cache_dir` (None: ~/.cache/nemo_star).
         dtype: float32, bfloat16 or float16, which the model computes in; None: float32 on CPU, bfloat16 on GPU.
+        verify: compare the weight files with their checksums before loading, which reads them once more.
         attention, parallel, cache: a recipe's groups, with its keys; what is left out has the recipes' defaults.
         chat_template: wrap contexts and queries as the tokenizer's chat template says.
         chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
@@ -86,12 +93,16 @@ class LLM:
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_batch_size: int = MAX_BATCH_SIZE,
+        verify: bool = False,
+        cache_dir: str | Path | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self.max_batch_size = max_batch_size
         values = {
             "checkpoint": str(checkpoint),
+            "verify": verify,
+            "cache_dir": None if cache_dir is None else str(cache_dir),
             "dtype": dtype,
             "chat_template": chat_template,
             "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
@@ -130,7 +141,10 @@ class LLM:
 
     def _read_checkpoint(self, folder: Path, free: FreeMemory) -> None:
         """All of it but the weights."""
-        self.description = on_first_rank(lambda: read_description(folder))
+        self._place = locate_checkpoint(folder, self.config.cache_dir)
+        self.description = on_first_rank(self._place.describe)
+        if self.config.verify:
+            require_checksums(self._place.converted, self.description)
         self.method = method_of(self.config.attention, windows=self.description.model.needs_windows)
         check_layout(self.description.model, self.groups.layout, self.method)
         divides_sequence = self.config.parallel.sequence_parallel
@@ -146,14 +160,29 @@ class LLM:
         self._limit = MemoryLimit(work, gather_objects(free))
         self._limit.check(0)
         answers = self.is_first_of_replica
-        self.tokenizer = on_every_rank(lambda: Tokenizer.load(folder / HF_FOLDER) if answers else None)
-        self.end_ids = end_token_ids(folder / HF_FOLDER, self.tokenizer) if answers else frozenset()
+        texts = self._place.companions
+        self.tokenizer = on_every_rank(lambda: Tokenizer.load(texts) if answers else None)
+        self.end_ids = end_token_ids(texts, self.tokenizer) if answers else frozenset()
 
     def load_weights(self) -> None:
         """Build the model and load its weights: the expensive part."""
         with self.watchdog.suspended("loading the weights"):
+            self._prepare_checkpoint()
             self.engine = build_engine(self.config, self.description, self.groups, self.device)
         self.watchdog.watch_layers(self.engine.stage.model.decoder.layers)
+
+    def _prepare_checkpoint(self) -> None:
+        """What has to be converted or verified is, by the ranks of each machine for themselves."""
+        number, count = environment_local_rank()
+        place = self._place
+        if any(gather_objects(place.is_missing)):
+            on_every_rank(lambda: place.convert() if number == 0 else None)
+            self.description = on_first_rank(place.describe)
+            if self.is_first_of_replica:  # of a model that also sees, the language model's
+                self.end_ids = end_token_ids(place.companions, self.tokenizer)
+        self.config = replace(self.config, checkpoint=str(place.converted))
+        if self.config.verify:
+            on_every_rank(lambda: verify_checkpoint(place.converted, self.description, share=(number, count)))
 
     def close(self) -> None:
         """End the watchdog; the process groups stay until the process ends."""
@@ -332,9 +361,38 @@ class LLM:
             )
         return warnings
 
-    def fits(self, context_tokens: int) -> bool:
-        """Whether several contexts, of so many tokens together, can be held at the same time."""
-        return self._limit.fits(context_tokens)
+    def context_store(self) -> ContextStore:
+        """A store of contexts on this rank's replica, with the budget and folder of the group `cache`."""
+        cache = self.config.cache
+        return ContextStore(
+            self.engine,
+            budget_bytes=self._limit.kv_budget if cache.budget_gib is None else int(cache.budget_gib * 2**30),
+            fingerprint=self.fingerprint,
+            folder=None if cache.folder is None else Path(cache.folder),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are."""
+        return on_first_rank(lambda: weights_fingerprint(self.description, self._place.converted))
+
+    def load(self, folder: str | Path, *, verify: bool = False) -> Book:
+        """A book that was saved (`Book.save`), at whatever layout.
+
+        Args:
+            verify: compare checksums, which takes reading all of it once more.
+
+        Raises:
+            ValueError: on all ranks alike: nothing saved there, another model's, damaged files.
+        """
+        with self.watchdog.suspended("loading a context"):
+            loaded = load_context(self.engine, Path(folder), fingerprint=self.fingerprint, verify=verify)
+        return Book(self, loaded)
+
+    def save(self, book: Book, folder: str | Path) -> None:
+        """`Book.save`."""
+        with self.watchdog.suspended("saving a context"):
+            save_context(self.engine, book.encoded, Path(folder), fingerprint=self.fingerprint)
 
     def check_sampling(self, params: SamplingParams) -> None:
         """Refuse what needs text where there is no tokenizer, on all ranks."""

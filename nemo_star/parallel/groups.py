@@ -144,16 +144,18 @@ def on_first_rank(make: Callable[[], T], group: dist.ProcessGroup | None = None)
     return cast(T, result)
 
 
-def on_every_rank(make: Callable[[], T]) -> T:
-    """Run `make` on every rank; if it fails anywhere, every rank raises the first failing rank's error, by name."""
+def on_every_rank(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `make` on every rank of the group (None: all); if it fails anywhere, every rank raises the first failing
+    rank's error, by name."""
     failure = None
     result: T | None = None
     try:
         result = make()
     except Exception as error:
         failure = str(error) if isinstance(error, ValueError) else repr(error)
-    failures = gather_objects(failure)
+    failures = gather_objects(failure, group)
     for rank, message in enumerate(failures):
         if message is not None:
-            raise ValueError(message if len(set(failures)) == 1 else f"rank {rank}: {message}")
+            number = rank if group is None else dist.get_global_rank(group, rank)
+            raise ValueError(message if len(set(failures)) == 1 else f"rank {number}: {message}")
     return cast(T, result)

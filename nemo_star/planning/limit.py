@@ -36,10 +36,18 @@ class MemoryLimit:
         if all(problems):  # a replica where it fits may be the one that is asked
             raise ValueError(problems[0])
 
-    def fits(self, context_tokens: int) -> bool:
-        """Whether the K/V of so many tokens, of several contexts together, take at most half of what weights leave: the
-        rest is for what a prefill and answers take beside them."""
-        return any(self._shortage(2 * context_tokens, replica) is None for replica in range(self._work.layout.dp))
+    @property
+    def kv_budget(self) -> int:
+        """Bytes a rank for the K/V of several contexts: half of what the weights leave, the rest being for what a
+        prefill and answers take beside them."""
+        work, layout = self._work, self._work.layout
+        weights: Counter[str] = Counter()
+        for rank, memory in enumerate(self._free):
+            stage = rank // (layout.tp * layout.cp * layout.dp)
+            weights[memory.pool] += weight_elements(work.model, layout, stage) * work.dtype_bytes
+        sharing = Counter(memory.pool for memory in self._free)
+        left = [(memory.size - weights[memory.pool]) // (2 * sharing[memory.pool]) for memory in self._free]
+        return max(1, min(left))
 
     def _shortage(self, context_tokens: int, replica: int) -> str | None:
         """What is missing where, if the replica were to answer; None where all fits."""

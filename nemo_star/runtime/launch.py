@@ -24,6 +24,11 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def environment_local_rank() -> tuple[int, int]:
+    """The rank among the processes of this machine, and their number; (0, 1) without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def environment_world_size() -> int:
     """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

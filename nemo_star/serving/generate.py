@@ -62,7 +62,6 @@ class Generation:
         self._works: dict[bytes, ContextWork] = {}
         self._failure: Exception | None = None
         self._dump: LayerDump | None = None
-        self._last_work: ContextWork | None = None
 
     def run(self) -> int:
         """From what is cheap to check to what is expensive; returns the exit code."""
@@ -73,6 +72,7 @@ class Generation:
         llm.load_weights()
         on_first_rank(self._start)
         inference = self.config.inference
+        self._store = llm.context_store()
         self._scheduler = llm.scheduler(
             max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
             steps_per_block=inference.steps_per_block,
@@ -111,8 +111,12 @@ class Generation:
             if answered:
                 pairs = [(question, self._asked.pop(id(question))) for question in answered]
                 on_first_rank(lambda pairs=pairs: self._give(pairs), self.llm.groups.replica)  # type: ignore[misc]
+                for question, request in pairs:
+                    self._let_go(request, question.work)
             if answered and self._dump is not None:
                 self._dump.close()  # of the first request
+        with self.llm.watchdog.suspended("keeping contexts"):
+            self._store.close()
         with self.llm.watchdog.suspended("waiting for other replicas"):
             on_first_rank(self._write_the_rest)
 
@@ -168,22 +172,34 @@ class Generation:
         return item
 
     def _work_of(self, request: Request) -> ContextWork:
-        """The context of a request, the same for all that ask of it; those that nobody asks of any more are let go."""
-        in_use = {id(work) for work in self._scheduler.works_in_use}
-        self._works = {key: work for key, work in self._works.items() if id(work) in in_use or work is self._last_work}
+        """The context of a request, the same for all that ask of it at the same time."""
         key = request.context_key
         if key not in self._works:
-            on_block = self.console.block_done if self.llm.is_first_of_replica else lambda: None
-            self._works[key] = ContextWork(request.context_ids, on_block=on_block)
-        self._last_work = self._works[key]
+            first = self.llm.is_first_of_replica
+            self._works[key] = ContextWork(
+                request.context_ids,
+                on_block=self.console.block_done if first else lambda: None,
+                on_encoded=self._keep,
+            )
         return self._works[key]
 
     def _open_context(self, work: ContextWork) -> Encoding | EncodedContext | None:
-        """A context beside those in use, where there is memory for all of them."""
-        others = {id(other): len(other.ids) for other in self._scheduler.works_in_use if other is not work}
-        if others and not self.llm.fits(sum(others.values()) + len(work.ids)):
-            return None
-        return self.llm.engine.begin(work.ids)
+        """A context whose turn it is, where there is room for it; alone it has all of the memory."""
+        opened = self._store.open(work.ids)
+        in_use = any(other is not work for other in self._scheduler.works_in_use)
+        return opened if opened is not None or in_use else self.llm.engine.begin(work.ids)
+
+    def _keep(self, context: EncodedContext) -> None:
+        """For the questions that hang on it, and for later ones."""
+        if self._store.keep(context):
+            self._store.pin(context)
+
+    def _let_go(self, request: Request, work: ContextWork) -> None:
+        """A context that nobody asks of any more may leave the memory."""
+        asked = any(other.context_key == request.context_key for other in self._asked.values())
+        if not asked and self._works.pop(request.context_key, None) is work:
+            assert work.context is not None
+            self._store.release(work.context)
 
     def _give(self, answered: Sequence[tuple[Question, Request]]) -> None:
         """On the replica's first rank: hand answers to rank 0, which writes what it can."""

@@ -179,16 +179,33 @@ class Tokenizer:
 def _hf_tokenizer(directory: Path) -> Any:
     """The tokenizer that transformers makes of the files in `directory`."""
     with no_garbage_collection():
-        from transformers import AutoTokenizer, PretrainedConfig  # only now: importing it takes seconds
+        import transformers  # only now: importing it takes half a second
 
-    named = read_json(directory / "tokenizer_config.json")
-    options = {}
-    if named.get("tokenizer_class") and "auto_map" not in named:
-        # The class is named, so the model's type is all that is asked of its configuration. Left to itself,
-        # AutoTokenizer imports the configuration's class, and with it torch's compiler: another second.
-        model = read_json(directory / "config.json")
-        options["config"] = PretrainedConfig(**{name: model[name] for name in ("model_type",) if name in model})
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        named, model = (read_json(directory / f"{name}.json") for name in ("tokenizer_config", "config"))
+        if _is_general(directory, named, model):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        options = {}
+        if named.get("tokenizer_class") and "auto_map" not in named:
+            # The class is named, so the model's type is all that is asked of its configuration. Left to itself,
+            # AutoTokenizer imports the configuration's class, and with it torch's compiler: another second.
+            known = {name: model[name] for name in ("model_type",) if name in model}
+            options["config"] = transformers.PretrainedConfig(**known)
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+
+
+def _is_general(directory: Path, named: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether AutoTokenizer, whose import takes as long as all else of transformers, would take the general class.
+
+    Where that class is named it does, but for a model type whose checkpoints it knows to name a wrong one, and where a
+    tekken.json may lead it to Mistral's own tokenizer.
+    """
+    return (
+        named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        and "auto_map" not in named
+        and (directory / "tokenizer.json").is_file()
+        and not (directory / "tekken.json").is_file()
+        and model.get("model_type") != "qwen2"
+    )
 
 
 def cut_at_spaces(text: str, characters: int) -> list[str]:

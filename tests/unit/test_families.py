@@ -61,8 +61,8 @@ def test_experts_that_lie_together_are_read_once_and_stored_one_by_one(tmp_path,
     stored = DistCheckpointReader(tmp_path / "converted" / "weights").tensors
     for part, shape in {"linear_fc1": (160, 48), "linear_fc2": (48, 80)}.items():
         weight = stored[f"decoder.layers.mlp.experts.experts.{part}.weight"]
-        assert (weight.size, weight.properties.dtype) == ((4, 8, *shape), torch.bfloat16)
-        assert {tuple(chunk.sizes) for chunk in weight.chunks} == {(1, 1, *shape)}
+        assert (weight.shape, weight.dtype) == ((4, 8, *shape), torch.bfloat16)
+        assert {chunk.shape for chunk in weight.chunks} == {(1, 1, *shape)}
 
 
 def test_the_planner_knows_the_weights(converted):

@@ -19,6 +19,7 @@ ROOMS = (
     "models",
     "checkpoint",
     "engine",
+    "contexts",
     "text",
     "llm",
     "serving",

@@ -3,6 +3,8 @@
 import ctypes
 import math
 import mmap
+import os
+import platform
 import subprocess
 import sys
 
@@ -102,7 +104,7 @@ def test_what_is_no_number_shows(value):
     assert numba_kernel.attend(query(2, 64), k, v, 0.3)[0].isnan().all()
 
 
-def test_float16_reads_every_number(monkeypatch):
+def test_float16_reads_every_number():
     """All 65,536 of them: subnormal, infinite, nan."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     expected = bits.float()
@@ -110,6 +112,14 @@ def test_float16_reads_every_number(monkeypatch):
     values = bits.view(-1, 1, 1, 1, 16)
     found = torch.cat([numba_kernel.attend(q, k, v, 1.0)[0].flatten() for v in values])
     torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its processors have an instruction for it since F16C only")
+def test_float16_without_f16c(tmp_path):
+    settings = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_float16_reads_every_number"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_kernel_takes_what_the_cache_holds(monkeypatch):

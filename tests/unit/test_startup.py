@@ -86,13 +86,34 @@ assert torch.compiler.get_default_backend() == "inductor"
     loaded_after(program)
 
 
-@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", None])
-def test_the_short_way_to_a_tokenizer_leads_to_the_same(tmp_path, declared):
+def test_a_tokenizer_of_the_general_class_needs_no_automatic_choice():
+    """Half of the time that transformers takes to be imported."""
+    program = """
+from pathlib import Path
+from nemo_star.text.tokenizer import Tokenizer
+Tokenizer.load(Path("assets/demo_model"))
+"""
+    loaded = loaded_after(program)
+    assert "transformers" in loaded
+    assert "transformers.models.auto.tokenization_auto" not in loaded
+
+
+MODEL_TYPES = "glm glm4 glm4_moe llama ministral3 mistral mistral3 mixtral olmo2 phi3 qwen2 qwen3 qwen3_moe".split()
+
+
+@pytest.mark.parametrize(
+    ("declared", "model_type"),
+    [("PreTrainedTokenizerFast", model_type) for model_type in MODEL_TYPES]
+    + [(declared, "llama") for declared in ("TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast", None)],
+)
+def test_the_short_way_to_a_tokenizer_leads_to_the_same(tmp_path, declared, model_type):
     for file in (ROOT / "assets/demo_model").glob("*.json"):
         values = json.loads(file.read_text())
         if file.name == "tokenizer_config.json":
             values["tokenizer_class"] = declared
             values = {name: value for name, value in values.items() if value is not None}
+        if file.name == "config.json":
+            values["model_type"] = model_type
         (tmp_path / file.name).write_text(json.dumps(values))
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert type(ours.hf) is type(theirs)

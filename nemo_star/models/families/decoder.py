@@ -15,6 +15,7 @@ from nemo_star.models.families.weights import (
     LAYER,
     Weight,
     all_layers,
+    each_layer_named,
     join_fused_qkv,
     join_gate_up,
     join_qkv,
@@ -54,7 +55,7 @@ def decoder_weights(
         table += [vector(PRE_MOE, f"{norms[PRE_MLP]}.weight", lambda m: m.hidden_size, expert_layers)]
         table += expert_weights(model.moe, experts)
     if model.layers_differ:
-        table = [replace(weight, key=weight.key.replace(".layers.", ".layers.{layer}.")) for weight in table]
+        table = each_layer_named(table)
     table += [
         Weight(
             "embedding.word_embeddings.weight",

@@ -7,7 +7,7 @@ dimension; Megatron's local spec maps its own names to them, so one checkpoint l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,3 +121,12 @@ def vector(
 ) -> Weight:
     """A norm, a bias or sinks, stored as they are, by their names in a layer."""
     return Weight(f"decoder.layers.{key}", (LAYER + name,), lambda m: ((size(m),),), layers=layers)
+
+
+def each_layer_named(table: Iterable[Weight]) -> list[Weight]:
+    """The same table with keys that name each layer, instead of stacking all."""
+    stacked = ".layers."
+    return [
+        weight if "{layer}" in weight.key else replace(weight, key=weight.key.replace(stacked, ".layers.{layer}."))
+        for weight in table
+    ]
