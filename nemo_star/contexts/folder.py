@@ -70,8 +70,12 @@ class ContextFolder:
         if not self.has(name):
             place = self._place(name)
             aside = on_first_rank(lambda: place.parent / f"{_ASIDE}{uuid.uuid4().hex}", self._group)
-            save_on_replica(self._engine, context, aside, fingerprint=self._fingerprint)
-            on_first_rank(lambda: _take_place(aside, place, name), self._group)
+            try:
+                save_on_replica(self._engine, context, aside, fingerprint=self._fingerprint)
+                on_first_rank(lambda: _take_place(aside, place, name), self._group)
+            except (OSError, ValueError) as error:
+                on_first_rank(lambda: shutil.rmtree(aside, ignore_errors=True), self._group)
+                raise ValueError(f"a context cannot be kept in {self._folder}: {error}") from error
         self.known[name.key] = name
 
     def load(self, name: Name, partition: Partition | None = None) -> EncodedContext:
@@ -116,9 +120,9 @@ def _take_place(aside: Path, place: Path, name: Name) -> None:
     try:
         aside.rename(place)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
         if not place.is_dir():
             raise
+        shutil.rmtree(aside, ignore_errors=True)
         return
     write_whole(place.with_suffix(".blocks"), lambda file: file.write_text(json.dumps(values), encoding="utf-8"))
 

@@ -76,10 +76,15 @@ class ContextStore:
             Or what encodes it, from the longest beginning that is known: take all its steps, then `keep` its context;
             asked for the text before that, the store gives the same one again. None: there is no room beside what is
             pinned or under way now.
+
+        Raises:
+            ValueError: no tokens, or more than the budget takes.
         """
         shelf = self._shelf
         shelf.leave_changed()
         tokens = torch.as_tensor(ids, dtype=torch.int32)
+        if not len(tokens):
+            raise ValueError("a context of 0 tokens: give at least 1")
         text = self._text(tokens, self._engine.method.pinned(len(tokens)), owner)
         key = text.name.key
         if key in shelf.entries:
@@ -88,6 +93,7 @@ class ContextStore:
         if key in shelf.under_way:
             return shelf.under_way[key].encoding
         size = self._whole(text.method, len(tokens))
+        self._check(len(tokens), size)
         if self._folder is not None and self._folder.has(text.name):
             if not shelf.make_room(size):
                 return None
@@ -182,6 +188,13 @@ class ContextStore:
     def _whole(self, method: Method, tokens: int) -> int:
         """Bytes of a context that is encoded, or loaded, as a whole."""
         return self._bytes.fullest(method.partition(tokens, self._cp_size), method)
+
+    def _check(self, tokens: int, size: int) -> None:
+        if size > self._shelf.budget_bytes:
+            raise ValueError(
+                f"a context of {tokens} tokens takes {size} bytes on the fullest rank, more than the budget of "
+                f"{self._shelf.budget_bytes}: give a shorter one, or a larger budget_bytes"
+            )
 
     def _trim(self, context: EncodedContext) -> None:
         """Windowed layers of a context that went on token by token hold more than anybody will look at."""
