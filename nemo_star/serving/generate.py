@@ -184,8 +184,12 @@ class Generation:
         return self._works[key]
 
     def _open_context(self, work: ContextWork) -> Encoding | EncodedContext | None:
-        """A context whose turn it is, where there is room for it; alone it has all of the memory."""
-        opened = self._store.open(work.ids)
+        """A context whose turn it is, where there is room for it; alone it has all of the memory, and is not kept if it
+        is larger than the store's share."""
+        try:
+            opened = self._store.open(work.ids)
+        except ValueError:
+            opened = None
         in_use = any(other is not work for other in self._scheduler.works_in_use)
         return opened if opened is not None or in_use else self.llm.engine.begin(work.ids)
 
