@@ -20,6 +20,7 @@ from nemo_star.config.benchmark import TRANSFORMERS, BenchmarkConfig
 from nemo_star.config.compare import Candidate
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.build import attention_state, engine_around
+from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
@@ -64,6 +65,8 @@ class OnEngine:
     sliced: frozenset[Sliced]
     engine: Engine | None
     """None on a rank that only waits (dense runs on rank 0)."""
+    questions: tuple[int, ...] = ()
+    """Numbers of them that decode together, timed beside one."""
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
         engine = self.engine
@@ -81,6 +84,10 @@ class OnEngine:
                 marks.append(time.perf_counter())
             peak = peak_memory_bytes(engine.device)
             reads = time_cache_reads(engine, encoded)
+            steps = {
+                f"step_seconds_{count}": _step_seconds(engine, encoded, count, decode_tokens)
+                for count in self.questions
+            }
         return {
             "prefill_seconds": prefill.seconds,
             "decode_seconds_per_token": median_step(marks),
@@ -88,7 +95,20 @@ class OnEngine:
             "peak_memory_bytes": peak,
             "anchor_wait_seconds": encoded.waited_seconds,
             **reads,
+            **steps,
         }
+
+
+def _step_seconds(engine: Engine, context: EncodedContext, questions: int, steps: int) -> float:
+    """Median time of a decode step of so many questions on one context."""
+    sequences = [engine.sequence(context) for _ in range(questions)]
+    marks = []
+    for _ in range(steps + 1):
+        engine.decode([(sequence, QUERY) for sequence in sequences])
+        engine.agree([(QUERY[0], False)] * questions if engine.groups.replica.rank() == 0 else None, questions)
+        engine.synchronize()
+        marks.append(time.perf_counter())
+    return median_step(marks)
 
 
 @dataclasses.dataclass
@@ -160,7 +180,7 @@ def build_contenders(
         if candidate.kind == TRANSFORMERS:
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
         else:
-            contenders.append(OnEngine(*facts, engine))
+            contenders.append(OnEngine(*facts, engine, config.questions))
     return contenders
 
 

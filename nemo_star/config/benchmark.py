@@ -47,6 +47,8 @@ class BenchmarkConfig:
     """Lengths of the contexts."""
     decode_tokens: int = 8
     """Tokens generated after each prefill; their median time is taken."""
+    questions: tuple[int, ...] = ()
+    """Also time a step of so many questions on one context, decoded together: `step_seconds_N` in the rows."""
     repeats: int = 3
     """Rounds at each context length; medians are taken."""
     warm_up_rounds: int = 1
@@ -71,6 +73,8 @@ class BenchmarkConfig:
                 raise ValueError(f"{key} is empty: give at least one")
         if min(self.context_tokens) < 1 or self.decode_tokens < 1 or self.repeats < 1:
             raise ValueError("context_tokens, decode_tokens and repeats must be at least 1")
+        if min(self.questions, default=1) < 1:
+            raise ValueError(f"questions={list(self.questions)}: each must be at least 1")
         if self.warm_up_rounds < 0:
             raise ValueError(f"warm_up_rounds={self.warm_up_rounds} must be 0 or more")
 

@@ -56,7 +56,9 @@ class ClampedGate:
     within -limit and limit."""
 
     limit: float
+    """Gates are cut off above it, up values above it and below its negative."""
     alpha: float
+    """What a gate is multiplied by inside the sigmoid."""
 
 
 @dataclass(frozen=True)

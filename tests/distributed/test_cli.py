@@ -161,7 +161,7 @@ def test_the_commands_are_listed_and_unknown_ones_refused(capsys):
             line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "
         ]
         assert listed == list(COMMANDS)
-    with pytest.raises(ValueError, match="unknown command 'generat'; known: generate, convert"):
+    with pytest.raises(ValueError, match="unknown command 'generat'; known: generate, chat, convert"):
         nemo_star(["generat"])
 
 
