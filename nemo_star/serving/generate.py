@@ -102,7 +102,8 @@ class Generation:
 
     def _answer_all(self) -> None:
         """Take groups of requests while there is room for them, and step on."""
-        scheduler, more = self._scheduler, True
+        # One question is the first replica's, whose first rank has the console.
+        scheduler, more = self._scheduler, self.config.input is not None or self.llm.groups.dp.rank() == 0
         while more or not scheduler.is_idle:
             if more and scheduler.has_room:
                 more = self._take_in(wait=scheduler.is_idle)
