@@ -1,4 +1,4 @@
-"""Decode attention on CPU at the speed of memory: one token's queries over a long cache, compiled by Numba.
+"""Decode attention on CPU at the speed of memory: a few queries over a long cache, compiled by Numba.
 
 torch's flash attention for CPU prepares K and V for matrix products. Over a cache that is read once, for a few query
 rows, that takes three to five times as long as reading it. Everything else is torch's (`TorchCpuKernel`).
@@ -19,8 +19,9 @@ from torch import Tensor
 from nemo_star.kernels.merge import merge_partials
 from nemo_star.kernels.torch_cpu import TorchCpuKernel
 
-MAX_ROWS = 16
-"""Query heads of a group: with more, arithmetic is the limit and not memory."""
+ROWS = (4, 8, 12, 16, 24, 32, 48, 64)
+"""Rows that code is made for: the query heads of a group, of all tokens that ask together. Up to the last, it is
+faster than matrix products."""
 MIN_BYTES = 2**22
 """K and V of a layer: below, compiling takes longer than a few hundred tokens gain."""
 BYTES_PER_THREAD = 2**20
@@ -35,15 +36,16 @@ def is_installed() -> bool:
 
 
 class NumbaKernel(TorchCpuKernel):
-    """torch's CPU kernel, but for one token over a cache of 4 MiB or more whose tokens lie one behind the other
-    (`KVCache` on CPU), at most 16 query heads to a group, head dimensions that are multiples of 16."""
+    """torch's CPU kernel, but for a few tokens over a cache of 4 MiB or more whose tokens lie one behind the other
+    (`KVCache` on CPU): at most 64 query heads to a group, over all of them, and head dimensions that are multiples of
+    16."""
 
     name = "numba"
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        if window is None and takes(q, k, v):
+        if window is None and (q.shape[0] == 1 or not causal) and takes(q, k, v):
             return attend(q, k, v, scale)
         return super().decode(q, k, v, scale, causal, window)
 
@@ -51,8 +53,7 @@ class NumbaKernel(TorchCpuKernel):
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attend` can do these, and gains by it: q [sq, b, np, hn]; k, v [sk, b, ng, hn]."""
     return (
-        q.shape[0] == 1
-        and q.shape[2] // k.shape[2] <= MAX_ROWS
+        q.shape[0] * (q.shape[2] // k.shape[2]) <= ROWS[-1]
         and 2 * k.nbytes >= MIN_BYTES
         and k.dtype in _BITS
         and k.dtype == v.dtype
@@ -64,23 +65,25 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One token's attention over all keys, by as many threads as torch has.
+    """Attention of a few tokens over all keys, by as many threads as torch has.
 
     Args:
-        q: [1, b, np, hn], any float type.
+        q: [sq, b, np, hn], any float type.
         k, v: [sk, b, ng, hn], sk > 0, float32, bfloat16 or float16; the tokens of a group one behind the other; hn a
             multiple of 16.
 
     Returns:
-        out [1, b, np, hn] and lse [1, b, np], float32.
+        out [sq, b, np, hn] and lse [sq, b, np], float32.
     """
-    _, b, heads, hn = q.shape
+    sq, b, heads, hn = q.shape
     sk, _, ng, _ = k.shape
-    rows, padded = heads // ng, -(-heads // ng // 4) * 4
+    rows = sq * heads // ng
+    padded = next(size for size in ROWS if size >= rows)
     work = _code(padded, hn, str(k.dtype).removeprefix("torch."))
     threads = max(1, min(torch.get_num_threads(), 2 * k.nbytes // BYTES_PER_THREAD, sk))
     scaled = q.new_zeros(b, ng, padded, hn, dtype=torch.float32)
-    scaled[:, :, :rows] = q[0].view(b, ng, rows, hn) * (scale * math.log2(math.e))
+    by_group = q.view(sq, b, ng, heads // ng, hn).permute(1, 2, 0, 3, 4).reshape(b, ng, rows, hn)
+    scaled[:, :, :rows] = by_group * (scale * math.log2(math.e))
     out = scaled.new_empty(threads, b, ng, padded, hn)
     lse = scaled.new_empty(threads, b, ng, padded)
     keys, values = (x.view(_BITS[k.dtype]).permute(1, 2, 0, 3).numpy() for x in (k, v))
@@ -96,8 +99,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         run(0)
     else:
         list(_pool(torch.get_num_threads()).map(run, range(threads)))
-    partial_outs = out[:, None, :, :, :rows].reshape(threads, 1, b, heads, hn)
-    partial_lses = lse[:, None, :, :, :rows].reshape(threads, 1, b, heads) * math.log(2)
+    by_token = (threads, b, ng, sq, heads // ng)
+    partial_outs = out[:, :, :, :rows].reshape(*by_token, hn).permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
+    partial_lses = lse[:, :, :, :rows].reshape(by_token).permute(0, 3, 1, 2, 4).flatten(3, 4) * math.log(2)
     return (partial_outs[0], partial_lses[0]) if threads == 1 else merge_partials(partial_outs, partial_lses)
 
 

@@ -28,8 +28,8 @@ def cached(tokens, groups, channels, dtype=torch.float32, batch=1, factor=1.0):
     return cache.get(1)
 
 
-def query(heads, channels, batch=1):
-    return torch.randn(1, batch, heads, channels, generator=torch.Generator().manual_seed(heads))
+def query(heads, channels, batch=1, tokens=1):
+    return torch.randn(tokens, batch, heads, channels, generator=torch.Generator().manual_seed(heads))
 
 
 def check(q, k, v):
@@ -52,11 +52,17 @@ def test_many_rows_and_long_rows(heads, groups, channels):
     check(query(heads, channels), *cached(700, groups, channels))
 
 
+def test_several_tokens_are_rows_of_one_call():
+    for tokens, heads, batch in ((2, 8, 1), (5, 8, 2), (16, 8, 1)):
+        check(query(heads, 32, batch, tokens), *cached(700, 2, 32, batch=batch))
+
+
 def test_batches_and_threads(monkeypatch):
     monkeypatch.setattr(numba_kernel, "BYTES_PER_THREAD", 2**17)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     with torch.inference_mode():  # which other threads are not in
         check(query(4, 32, batch=2), *cached(1000, 2, 32, batch=2))
+        check(query(4, 32, batch=2, tokens=3), *cached(1000, 2, 32, batch=2))
 
 
 @pytest.mark.parametrize("factor", [100.0, 1000.0])
@@ -133,9 +139,10 @@ def test_the_kernel_takes_what_the_cache_holds(monkeypatch):
 def test_what_it_does_not_take_goes_to_torch(monkeypatch):
     k, v = cached(8192, 2, 64)
     assert numba_kernel.takes(query(8, 64), k, v)
-    assert not numba_kernel.takes(torch.zeros(2, 1, 8, 64), k, v)  # several tokens: matrix products
+    assert numba_kernel.takes(query(8, 64, tokens=16), k, v)
+    assert not numba_kernel.takes(query(8, 64, tokens=17), k, v)  # more rows: matrix products
     assert not numba_kernel.takes(query(8, 64), k[:4000], v[:4000])  # short
-    assert not numba_kernel.takes(query(64, 64), k, v)  # 32 heads to a group
+    assert not numba_kernel.takes(query(256, 64), k, v)  # 128 heads to a group
     assert not numba_kernel.takes(query(8, 64), *(x.clone(memory_format=torch.contiguous_format) for x in (k, v)))
     assert not numba_kernel.takes(query(8, 64), k.double(), v.double())
     assert not numba_kernel.takes(query(8, 24), *cached(30000, 2, 24))
