@@ -3,7 +3,7 @@
 import pytest
 import torch
 from family_models import greedy, save_model, tokens
-from launch import generate_many, read_jsonl, write_jsonl
+from launch import generate_many, read_jsonl, selected, write_jsonl
 from safetensors.torch import load_file
 from star_masks import star_greedy
 
@@ -12,6 +12,7 @@ from nemo_star.checkpoint.convert import import_checkpoint
 CONTEXT, QUERY, STEPS = 61, 5, 4
 FAMILIES = ("llama-yarn", "gpt-oss", "gemma3", "olmo3", "qwen2-windows", "mistral-windows")
 """Without windows; with windows in some layers, of 16, 8, 12 and 12 tokens; in all, of 16."""
+QUICK = ("gpt-oss", "gemma3")
 SHAPES = {
     "even": (16, 16),
     "short last block": (25, 25),
@@ -86,13 +87,13 @@ def arguments(folder, family, run):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+def expected(request, tmp_path_factory):
     """The folder of converted models, and (family, shape) -> (tokens, logits)."""
     folder = tmp_path_factory.mktemp("star-masks")
     context, query = tokens(CONTEXT, seed=7), tokens(QUERY, seed=8)
     write_jsonl(folder / "in.jsonl", [{"id": "a", "context_ids": context, "query_ids": query}])
     answers = {}
-    for family in FAMILIES:
+    for family in sorted(selected(request, "family")):
         model = save_model(folder / family / "hf", family).double()
         import_checkpoint(folder / family / "hf", folder / family / "converted")
         for shape, (block, anchor) in SHAPES.items():
@@ -108,11 +109,14 @@ def expected(tmp_path_factory):
 def done(request, expected):
     """Processes, and by name what became of each run on them."""
     folder, _ = expected
-    runs = {(family, run): arguments(folder, family, run) for family in FAMILIES for run in RUNS[request.param]}
+    families = sorted(selected(request, "family"))
+    runs = {(family, run): arguments(folder, family, run) for family in families for run in RUNS[request.param]}
     return dict(zip(runs, generate_many(request.param, list(runs.values()), folder), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
+)
 def test_logits_and_tokens_are_those_under_masks(expected, done, family):
     folder, answers = expected
     for (of, run), result in done.items():

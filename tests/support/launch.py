@@ -67,3 +67,15 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def selected(request, *names: str) -> set:
+    """Values of these parameters (a tuple, if there are several) in the tests of the fixture's module that will run:
+    what no test asks for is not run in the launch that they share."""
+    found = set()
+    for item in request.session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.module is request.module and all(name in params for name in names):
+            values = tuple(params[name] for name in names)
+            found.add(values[0] if len(names) == 1 else values)
+    return found
