@@ -31,7 +31,7 @@ def weights_fingerprint(description: CheckpointDescription, checkpoint_folder: P
         OSError: a file cannot be read.
     """
     found = hashlib.sha256((checkpoint_folder / DESCRIPTION_FILE).read_bytes())
-    if getattr(description, "sha256", None):
+    if description.sha256:
         return found.hexdigest()
     weights = checkpoint_folder / WEIGHTS_FOLDER
     metadata = weights / ".metadata"

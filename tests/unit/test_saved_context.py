@@ -165,7 +165,7 @@ def test_a_context_of_another_method_answers_but_does_not_go_on(tiny, saved):
 def test_fingerprints_tell_weights_apart(tiny, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
-    description = read_description(tiny)
+    description = dataclasses.replace(read_description(tiny), sha256={})  # as format version 1 has it
     mine = weights_fingerprint(description, tiny)
     assert mine == weights_fingerprint(description, copy)
     name = max(description.weight_files, key=description.weight_files.get)
