@@ -24,6 +24,8 @@ ROWS = (4, 8, 12, 16, 24, 32, 48, 64)
 faster than matrix products."""
 MIN_BYTES = 2**22
 """K and V of a layer: below, compiling takes longer than a few hundred tokens gain."""
+MORE_FOR_ROWS = 4
+"""Times as many for several tokens: most are a query, which comes once, and code for many rows compiles for seconds."""
 BYTES_PER_THREAD = 2**20
 """Of K and V: below, handing the work over takes longer than the work."""
 _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
@@ -54,7 +56,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attend` can do these, and gains by it: q [sq, b, np, hn]; k, v [sk, b, ng, hn]."""
     return (
         q.shape[0] * (q.shape[2] // k.shape[2]) <= ROWS[-1]
-        and 2 * k.nbytes >= MIN_BYTES
+        and 2 * k.nbytes >= MIN_BYTES * (1 if q.shape[0] == 1 else MORE_FOR_ROWS)
         and k.dtype in _BITS
         and k.dtype == v.dtype
         and k.shape == v.shape
