@@ -139,8 +139,10 @@ def test_the_kernel_takes_what_the_cache_holds(monkeypatch):
 def test_what_it_does_not_take_goes_to_torch(monkeypatch):
     k, v = cached(8192, 2, 64)
     assert numba_kernel.takes(query(8, 64), k, v)
-    assert numba_kernel.takes(query(8, 64, tokens=16), k, v)
-    assert not numba_kernel.takes(query(8, 64, tokens=17), k, v)  # more rows: matrix products
+    assert not numba_kernel.takes(query(8, 64, tokens=2), k, v)  # code for a query that comes once
+    longer = cached(20000, 2, 64)
+    assert numba_kernel.takes(query(8, 64, tokens=16), *longer)
+    assert not numba_kernel.takes(query(8, 64, tokens=17), *longer)  # more rows: matrix products
     assert not numba_kernel.takes(query(8, 64), k[:4000], v[:4000])  # short
     assert not numba_kernel.takes(query(256, 64), k, v)  # 128 heads to a group
     assert not numba_kernel.takes(query(8, 64), *(x.clone(memory_format=torch.contiguous_format) for x in (k, v)))
