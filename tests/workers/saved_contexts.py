@@ -15,7 +15,7 @@ from nemo_star import LLM
 from nemo_star.contexts import files, index
 from nemo_star.contexts.storage import load_context, save_context
 from nemo_star.engine.engine import finished
-from nemo_star.llm import front
+from nemo_star.llm import opened
 from nemo_star.parallel.groups import gather_objects
 
 QUERY = [7, 20, 33, 9]
@@ -104,7 +104,7 @@ def walked(engine, case):
 def main(requests, output):
     found, logits = [], {}
     # Process groups stay until the end, and each has threads of its own: one set to a layout.
-    front.create_groups = functools.cache(front.create_groups)
+    opened.create_groups = functools.cache(opened.create_groups)
     for number, run in enumerate(json.loads(Path(requests).read_text())):
         llm = LLM(run["checkpoint"], attention=run["attention"], parallel=run["parallel"])
         result = globals()[run["do"]](llm.engine, run)
