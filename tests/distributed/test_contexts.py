@@ -34,7 +34,7 @@ def runs_of(checkpoint, size):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_parts_and_turns_are_those_at_once(tmp_path, family, size):
     save_model(tmp_path / "hf", family)
     import_checkpoint(tmp_path / "hf", tmp_path / "converted")

@@ -20,7 +20,13 @@ from nemo_star.planning.memory import weight_elements
 CONTEXT, QUERY, STEPS = 90, 7, 32
 
 
-@pytest.fixture(scope="module", params=CASES)
+ALIKE = ("llama-attention-bias", "llama-mlp-bias", "phi3-whole")
+"""Cases whose parts others have, too."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=pytest.mark.slow if case in ALIKE else ()) for case in CASES]
+)
 def converted(request, tmp_path_factory):
     """(transformers' model, its folder, the converted checkpoint)."""
     folder = tmp_path_factory.mktemp(request.param)
