@@ -75,6 +75,8 @@ class _Chat:
         elif command == "/back":
             self._conversation.truncate(max(0, len(self._conversation.turns) - 1))
             self._say(f"{len(self._conversation.turns)} questions are left")
+        elif command == "/append" and not argument.strip():
+            raise ValueError("/append takes a file: /append FILE")
         elif command == "/append":
             self._book.append(on_first_rank(lambda: Path(argument.strip()).read_text(encoding="utf-8")))
             self._conversation = self._llm.converse(self._book)

@@ -107,7 +107,8 @@ def test_the_tool_answers_line_by_line(demo, tmp_path):
     (tmp_path / "book.txt").write_text(document.text)
     (first, one), (second, two) = document.needles.items()
     (tmp_path / "more.txt").write_text(document.text)
-    typed = [question(first), "/back", question(second), "/nonsense", "/append more.txt", "/quit", "never read"]
+    commands = ["/nonsense", "/append", "/append more.txt", "/quit", "never read"]
+    typed = [question(first), "/back", question(second), *commands]
     done = run_tool(
         ROOT / "tools/chat.py",
         f"checkpoint={demo}",
@@ -121,6 +122,7 @@ def test_the_tool_answers_line_by_line(demo, tmp_path):
     assert [line.strip() for line in done.stdout.splitlines()] == [one, two]
     assert "tokens encoded in" in done.stderr
     assert "error: unknown command /nonsense" in done.stderr
+    assert "error: /append takes a file" in done.stderr
     assert "the conversation begins anew" in done.stderr
 
 
