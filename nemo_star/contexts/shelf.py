@@ -26,13 +26,15 @@ class Entry:
     pins: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class UnderWay:
     """A context that is being encoded."""
 
     encoding: Encoding
     size: int
     """Bytes that it will come to."""
+    set_aside: bool = False
+    """Nobody waits for it now."""
 
 
 class Shelf:
@@ -63,11 +65,17 @@ class Shelf:
         return next((entry for entry in self.entries.values() if entry.context is context), None)
 
     def make_room(self, size: int, *, staying: Entry | None = None) -> bool:
-        """Let the least recently used contexts go until `size` bytes are free; whether they are. Pinned ones stay, and
-        `staying`; where that is too much, all stay."""
+        """Let contexts go until `size` bytes are free, first those under way that nobody waits for, then the least
+        recently used ones; whether they are. Pinned ones stay, and `staying`; where that is too much, all stay."""
         movable = [entry for entry in self.entries.values() if not entry.pins and entry is not staying]
-        if self.used_bytes - sum(entry.size for entry in movable) + size > self.budget_bytes:
+        aside = [key for key, under_way in self.under_way.items() if under_way.set_aside]
+        least = sum(entry.size for entry in movable) + sum(self.under_way[key].size for key in aside)
+        if self.used_bytes - least + size > self.budget_bytes:
             return False
+        for key in aside:
+            if self.used_bytes + size <= self.budget_bytes:
+                break
+            self.under_way.pop(key).encoding.abandon()
         for entry in movable:
             if self.used_bytes + size <= self.budget_bytes:
                 break

@@ -64,6 +64,30 @@ class ContextStore:
         """Of the budget, on the fullest rank."""
         return self._shelf.used_bytes
 
+    @property
+    def budget_bytes(self) -> int:
+        """Of the fullest rank."""
+        return self._shelf.budget_bytes
+
+    @property
+    def tokens_by_rank(self) -> list[int]:
+        """Tokens of all contexts in memory, by cp rank."""
+        held = [entry.context.partition.tokens_by_rank for entry in self._shelf.entries.values()]
+        return [sum(tokens) for tokens in zip([0] * self._cp_size, *held, strict=True)]
+
+    @property
+    def contexts(self) -> int:
+        """In memory, complete."""
+        return len(self._shelf.entries)
+
+    def check_size(self, tokens: int) -> None:
+        """Refuse a context that the budget does not take, whatever else is kept.
+
+        Raises:
+            ValueError: names the numbers.
+        """
+        self._check(tokens, self._whole(self._engine.method.pinned(tokens), tokens))
+
     def open(self, ids: Ids[int] | Tensor, *, owner: str = "") -> EncodedContext | Encoding | None:
         """The context of a text: as it is known, or on its way.
 
@@ -91,6 +115,7 @@ class ContextStore:
             shelf.entries.move_to_end(key)
             return shelf.entries[key].context
         if key in shelf.under_way:
+            shelf.under_way[key].set_aside = False
             return shelf.under_way[key].encoding
         size = self._whole(text.method, len(tokens))
         self._check(len(tokens), size)
@@ -105,6 +130,23 @@ class ContextStore:
         if started is None and shelf.make_room(size):
             return self._on_its_way(text.name, self._engine.begin(tokens), size)
         return started
+
+    def find(self, ids: Ids[int] | Tensor, *, owner: str = "") -> EncodedContext | None:
+        """The context of a text, where it is in memory."""
+        self._shelf.leave_changed()
+        tokens = torch.as_tensor(ids, dtype=torch.int32)
+        key = self._text(tokens, self._engine.method.pinned(len(tokens)), owner).name.key
+        if key not in self._shelf.entries:
+            return None
+        self._shelf.entries.move_to_end(key)
+        return self._shelf.entries[key].context
+
+    def set_aside(self, context: EncodedContext) -> None:
+        """Nobody waits for what is under way of a context any more: it stays, to go on with when it is asked for again,
+        until its memory is wanted."""
+        for under_way in self._shelf.under_way.values():
+            if under_way.encoding.context is context:
+                under_way.set_aside = True
 
     def keep(self, context: EncodedContext, *, owner: str = "") -> bool:
         """Keep a complete context: one that `open` began, or another one, or one that has gone on since it was kept.
@@ -159,6 +201,28 @@ class ContextStore:
             del self._shelf.entries[entry.name.key]
             if self._folder is not None:
                 self._folder.remove(entry.name)
+
+    def save(self, context: EncodedContext) -> bool:
+        """Bring a kept context to disk now, so that it outlives this process; whether there is a folder for it.
+
+        Raises:
+            ValueError: on all ranks alike: it is not kept, the disk is full.
+        """
+        entry = self._shelf.find(context)
+        if entry is None:
+            raise ValueError("this context is not in the store: keep it first")
+        if self._folder is None:
+            return False
+        self._folder.save(entry.name, entry.context)
+        return True
+
+    def forget_text(self, ids: Ids[int] | Tensor, *, owner: str = "") -> None:
+        """Drop the context of a text from memory and from disk; sequences that hang on it may go on."""
+        tokens = torch.as_tensor(ids, dtype=torch.int32)
+        name = self._text(tokens, self._engine.method.pinned(len(tokens)), owner).name
+        self._shelf.entries.pop(name.key, None)
+        if self._folder is not None:
+            self._folder.remove(name)
 
     def forget_owner(self, owner: str) -> None:
         """Drop all contexts of an owner, those on disk of earlier processes, too."""

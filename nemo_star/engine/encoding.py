@@ -39,6 +39,10 @@ class Encoding(Protocol):
         """Take a step, on all ranks of the replica; whether this rank encoded something of its own."""
         ...
 
+    def abandon(self) -> None:
+        """No more steps follow: wait for what is under way between ranks, and let go of it."""
+        ...
+
 
 class BlockEncoding:
     """Blocks of a context, round by round.
@@ -88,6 +92,12 @@ class BlockEncoding:
             self._close()
         self.context.seconds += time.perf_counter() - started
         return block is not NO_BLOCK
+
+    def abandon(self) -> None:
+        """Between two rounds nothing is under way but what an earlier one sent."""
+        if self._handover is not None:
+            self._handover.finish()
+        self.steps_left, self._handover, self._preceding = 0, None, None
 
     def _open(self) -> None:
         engine, context, stage = self._engine, self.context, self._engine.stage
@@ -154,3 +164,7 @@ class GoingOn:
         engine.synchronize()
         context.seconds += time.perf_counter() - started
         return owner == rank
+
+    def abandon(self) -> None:
+        """Nothing is under way between two steps."""
+        self.steps_left = 0

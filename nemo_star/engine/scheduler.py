@@ -34,25 +34,33 @@ class ContextWork:
     """A context that questions hang on: encoded, or to be encoded when its turn comes."""
 
     ids: Ids[int] | Tensor = ()
+    owner: str = ""
+    """Whose it is, for a store of contexts."""
     context: EncodedContext | None = None
     on_block: Callable[[], None] = lambda: None
     """Called after each block that this rank has encoded."""
     on_encoded: Callable[[EncodedContext], None] = lambda context: None
     """Called when it is there, encoded or found."""
+    encoding: Encoding | None = None
+    """Its way there, from when its turn came."""
     report: PrefillReport | None = None
     """What encoding took, once it is done here."""
     began: float | None = None
     """When encoding began (`time.perf_counter`)."""
+    found_tokens: int = 0
+    """Of it, known when its turn came: not encoded for it."""
+    error: str | None = None
+    """Why it cannot be opened."""
 
 
 @dataclass(eq=False)
 class Question:
-    """One query on a context, and its answers."""
+    """One query on a context, and its answers; or none, where the context is all that is asked for."""
 
     work: ContextWork
-    query_ids: list[int]
-    max_tokens: int
-    answers: Ids[Answer | None]
+    query_ids: list[int] = field(default_factory=list)
+    max_tokens: int = 0
+    answers: Ids[Answer | None] = ()
     """One for each sample; None on ranks that do not choose."""
     sequence: Sequence | None = None
     """To go on with; None: a new one. Each answer's sequence is found in `sequences`, less the last token."""
@@ -80,9 +88,12 @@ class Scheduler:
 
     Args:
         max_batch_size: answers under way at the same time.
+        max_encodings: contexts being encoded at the same time: the one that came first and the one with least left take
+            turns, so that a short one passes a long one, which still goes on.
         steps_per_block: tokens that live answers get between two blocks of a context being encoded.
         open_context: an encoding for a context whose turn it is, or the context itself where it is known already; None
-            while there is no room for it beside those in use. By default every context is encoded.
+            while there is no room for it beside those in use; ValueError, alike on all ranks: its questions end with
+            this error. By default every context is encoded.
     """
 
     def __init__(
@@ -90,25 +101,43 @@ class Scheduler:
         engine: Engine,
         *,
         max_batch_size: int,
+        max_encodings: int = 1,
         steps_per_block: int = 1,
         open_context: Callable[[ContextWork], Encoding | EncodedContext | None] | None = None,
     ) -> None:
         self.engine = engine
         self._max_batch_size = max_batch_size
+        self._max_encodings = max_encodings
         self._steps_per_block = steps_per_block
         self._open_context = open_context or (lambda work: engine.begin(work.ids))
         self._waiting: deque[Question] = deque()
         self._live: list[_Live] = []
-        self._encoding: tuple[ContextWork, Encoding] | None = None
+        self._encodings: list[tuple[ContextWork, Encoding]] = []  # in the order in which they came
         self._steps_since_block = 0
+        self._blocks = 0
+        self._is_full = False  # no room for the next context, until something changes
 
     def add(self, question: Question) -> None:
         """Take a question in."""
         self._waiting.append(question)
 
+    def cancel(self, question: Question) -> None:
+        """Drop a question that is not answered yet. Where nobody else asks for its context, its encoding stops after
+        the block that was last, and is left to whoever gave it."""
+        if question in self._waiting:
+            self._waiting.remove(question)
+        self._live = [live for live in self._live if live.question is not question]
+        if all(other.work is not question.work for other in self._waiting):
+            self._encodings = [encoding for encoding in self._encodings if encoding[0] is not question.work]
+        self.look_again()
+
+    def look_again(self) -> None:
+        """There may be room for a further context now. The scheduler knows so itself when a question ends."""
+        self._is_full = False
+
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._live and self._encoding is None
+        return not self._waiting and not self._live and not self._encodings
 
     @property
     def has_room(self) -> bool:
@@ -116,18 +145,31 @@ class Scheduler:
         return len(self._waiting) + len(self._live) < self._max_batch_size
 
     @property
+    def live(self) -> int:
+        """Answers under way, or about to be."""
+        return sum(len(_samples(live)) for live in self._live)
+
+    @property
+    def encodings(self) -> list[tuple[ContextWork, Encoding]]:
+        """Contexts being encoded, in the order in which they came."""
+        return list(self._encodings)
+
+    @property
     def works_in_use(self) -> list[ContextWork]:
         """Contexts that something hangs on and that take memory, some more than once."""
         questions = [live.question for live in self._live] + list(self._waiting)
         encoded = [question.work for question in questions if question.work.context is not None]
-        return encoded + ([self._encoding[0]] if self._encoding else [])
+        return encoded + [work for work, _ in self._encodings]
 
     def step(self) -> list[Question]:
-        """One block of a context, or one token of all live answers; the questions that are answered with it."""
-        self._schedule()
-        if self._encoding and (not self._live or self._steps_since_block >= self._steps_per_block):
+        """One block of a context, or one token of all live answers; the questions that are answered with it, or cannot
+        be."""
+        done = self._schedule()
+        if done:
+            return done
+        if self._encodings and (not self._live or self._steps_since_block >= self._steps_per_block):
             self._steps_since_block = 0
-            self._encode(*self._encoding)
+            self._encode(*self._next_encoding())
             return []
         if not self._live:
             assert not self._waiting, "a context that fits alone is opened when nothing else is in use"
@@ -148,28 +190,55 @@ class Scheduler:
             answered += self.step()
         return answered
 
-    def _schedule(self) -> None:
-        """Live answers where there is room for them; the next context to encode, for the sake of the next question."""
+    def _schedule(self) -> list[Question]:
+        """Live answers where there is room for them; contexts to encode, for the sake of the next questions. What is
+        done without a token: questions whose context is all that they ask for, or cannot be had."""
+        done: list[Question] = []
         for question in list(self._waiting):
-            if len(self._live) >= self._max_batch_size:
-                return
             work = question.work
-            if work.context is None and self._encoding is None:
-                self._open(question)
-            if work.context is not None:
+            can_open = not self._is_full and len(self._encodings) < self._max_encodings
+            if work.context is None and work.error is None and can_open:
+                self._open(work)
+            if work.context is not None and work.began is None:  # it was there before
+                work.began = time.perf_counter()
+                self._there(work, work.context)
+            if work.error is not None or (work.context is not None and not question.answers):
+                self._waiting.remove(question)
+                done.append(question)
+            elif work.context is not None and self._has_room_for(question):
                 self._waiting.remove(question)
                 self._admit(question, work.context)
+        if done:
+            self.look_again()
+        return done
 
-    def _open(self, question: Question) -> None:
-        work, started = question.work, time.perf_counter()
-        opened = self._open_context(work)
+    def _has_room_for(self, question: Question) -> bool:
+        return not self._live or self.live + len(question.answers) <= self._max_batch_size
+
+    def _open(self, work: ContextWork) -> None:
+        if any(other is work for other, _ in self._encodings):
+            return
+        started = time.perf_counter()
+        try:
+            opened = self._open_context(work)
+        except ValueError as error:
+            work.error = str(error)
+            return
         if opened is None:
+            self._is_full = True
             return
         work.began = started
         if isinstance(opened, EncodedContext):
+            work.found_tokens = opened.tokens
             self._there(work, opened)
         else:
-            self._encoding = work, opened
+            work.found_tokens, work.encoding = opened.context.tokens, opened
+            self._encodings.append((work, opened))
+
+    def _next_encoding(self) -> tuple[ContextWork, Encoding]:
+        self._blocks += 1
+        shortest = min(self._encodings, key=lambda encoding: encoding[1].steps_left)
+        return shortest if self._blocks % 2 else self._encodings[0]
 
     def _admit(self, question: Question, context: EncodedContext) -> None:
         sequence = question.sequence
@@ -183,10 +252,11 @@ class Scheduler:
         if encoding.advance():
             work.on_block()
         if not encoding.steps_left:
-            self._encoding = None
+            self._encodings = [other for other in self._encodings if other[1] is not encoding]
             self._there(work, encoding.context)
 
     def _there(self, work: ContextWork, context: EncodedContext) -> None:
+        self.look_again()
         work.context = context
         work.report = self.engine.prefill_report(context)
         work.on_encoded(context)
@@ -213,6 +283,8 @@ class Scheduler:
             if not question.left:
                 answered.append(question)
         self._live = going_on
+        if answered:
+            self.look_again()
         return answered
 
 

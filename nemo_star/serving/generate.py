@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_star.config.generate import GenerateConfig
+from nemo_star.contexts.in_use import ContextsInUse
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.encoding import Encoding
 from nemo_star.engine.scheduler import ContextWork, Question
@@ -59,7 +60,6 @@ class Generation:
         replicas = llm.groups.dp.size()
         self._feed = Feed(connect(name) if replicas > 1 else dist.HashStore(), replicas)
         self._asked: dict[int, Request] = {}  # by the question's identity
-        self._works: dict[bytes, ContextWork] = {}
         self._failure: Exception | None = None
         self._dump: LayerDump | None = None
 
@@ -72,7 +72,7 @@ class Generation:
         llm.load_weights()
         on_first_rank(self._start)
         inference = self.config.inference
-        self._store = llm.context_store()
+        self._contexts = ContextsInUse(llm.context_store())
         self._scheduler = llm.scheduler(
             max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
             steps_per_block=inference.steps_per_block,
@@ -110,14 +110,17 @@ class Generation:
             answered = scheduler.step()
             self._look_after()
             if answered:
+                for question in answered:
+                    if question.work.error is not None:
+                        raise ValueError(question.work.error)
                 pairs = [(question, self._asked.pop(id(question))) for question in answered]
                 on_first_rank(lambda pairs=pairs: self._give(pairs), self.llm.groups.replica)  # type: ignore[misc]
-                for question, request in pairs:
-                    self._let_go(request, question.work)
+                for question in answered:
+                    self._contexts.let_go(question.work)
             if answered and self._dump is not None:
                 self._dump.close()  # of the first request
         with self.llm.watchdog.suspended("keeping contexts"):
-            self._store.close()
+            self._contexts.store.close()
         with self.llm.watchdog.suspended("waiting for other replicas"):
             on_first_rank(self._write_the_rest)
 
@@ -128,8 +131,9 @@ class Generation:
         if group and is_first and self.config.debug.dump is not None:
             llm, folder = self.llm, Path(self.config.debug.dump)
             self._dump = LayerDump(folder, llm.engine.stage, llm.engine.state, llm.groups)
+        on_block = self.console.block_done if self.llm.is_first_of_replica else lambda: None
         for request in group or []:
-            work = self._work_of(request)
+            work = self._contexts.work(request.context_ids, key=request.context_key, on_block=on_block)
             params = replace(
                 self.config.inference.sampling(request.index), logits=self.config.output_logits is not None
             )
@@ -172,39 +176,15 @@ class Generation:
             )
         return item
 
-    def _work_of(self, request: Request) -> ContextWork:
-        """The context of a request, the same for all that ask of it at the same time."""
-        key = request.context_key
-        if key not in self._works:
-            first = self.llm.is_first_of_replica
-            self._works[key] = ContextWork(
-                request.context_ids,
-                on_block=self.console.block_done if first else lambda: None,
-                on_encoded=self._keep,
-            )
-        return self._works[key]
-
     def _open_context(self, work: ContextWork) -> Encoding | EncodedContext | None:
         """A context whose turn it is, where there is room for it; alone it has all of the memory, and is not kept if it
         is larger than the store's share."""
         try:
-            opened = self._store.open(work.ids)
+            opened = self._contexts.open(work)
         except ValueError:
             opened = None
         in_use = any(other is not work for other in self._scheduler.works_in_use)
         return opened if opened is not None or in_use else self.llm.engine.begin(work.ids)
-
-    def _keep(self, context: EncodedContext) -> None:
-        """For the questions that hang on it, and for later ones."""
-        if self._store.keep(context):
-            self._store.pin(context)
-
-    def _let_go(self, request: Request, work: ContextWork) -> None:
-        """A context that nobody asks of any more may leave the memory."""
-        asked = any(other.context_key == request.context_key for other in self._asked.values())
-        if not asked and self._works.pop(request.context_key, None) is work:
-            assert work.context is not None
-            self._store.release(work.context)
 
     def _give(self, answered: Sequence[tuple[Question, Request]]) -> None:
         """On the replica's first rank: hand answers to rank 0, which writes what it can."""

@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from nemo_star.config.llm import check_template_kwargs
+from nemo_star.contexts.in_use import context_key
 from nemo_star.text.chat import split_messages
 from nemo_star.text.ids import check_ids, check_text
 from nemo_star.text.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ class Request:
     @cached_property
     def context_key(self) -> bytes:
         """The same for requests on the same context."""
-        return sha256(self.context_ids.tobytes()).digest()
+        return context_key(self.context_ids)
 
 
 @dataclass(frozen=True)
