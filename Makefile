@@ -1,5 +1,6 @@
 # make install   .venv with the project, its dependencies and the development tools
 # make demo      ask a long document questions: Star Attention on two ranks, then dense attention
+# make serve     the demo model as a service on two ranks: OpenAI's API and a page at http://127.0.0.1:8000
 # make test      linters, type checker, tests
 # make doctor    what is installed, what works, which attention kernel would run
 #
@@ -17,7 +18,7 @@ VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
 STAMP := $(VENV)/.installed-$(VERSION)
 DEMO := build/demo_checkpoint
 
-.PHONY: install demo test test-all check format doctor clean
+.PHONY: install demo serve test test-all check format doctor clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -41,6 +42,9 @@ demo: $(DEMO)
 	OMP_NUM_THREADS=2 $(BIN)/torchrun --nproc-per-node 1 tools/generate.py --config-name demo attention=dense
 	@echo; echo '--- another question, Star Attention ---'
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 tools/generate.py --config-name demo_second
+
+serve: $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 tools/serve.py --config-name serve_demo
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from nemo_star.runtime.program import started_as
 COMMANDS = {
     "generate": "answer questions about long contexts (torchrun for several ranks)",
     "chat": "a conversation about one long text (torchrun for several ranks)",
+    "serve": "an OpenAI-compatible service over HTTP (torchrun for several ranks)",
     "convert": "checkpoints from Hugging Face's format, and back",
     "plan": "memory and time of a long context before anything runs",
     "benchmark": "attention methods on random weights (torchrun for several ranks)",

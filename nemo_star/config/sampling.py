@@ -29,6 +29,8 @@ class SamplingParams:
     """Samples of each question."""
     logits: bool = False
     """Keep the logits that each token was taken from."""
+    logprobs: int | None = None
+    """Give each token's log-probability (before temperature, top-k and top-p), and those of so many likeliest ones."""
 
     def __post_init__(self) -> None:
         for names, expected in (("max_tokens top_k seed n", int), ("temperature top_p", int | float)):
@@ -46,6 +48,8 @@ class SamplingParams:
                 f"SamplingParams: temperature={self.temperature} must be 0 (the likeliest token) or at least "
                 f"{MIN_TEMPERATURE}"
             )
+        if self.logprobs is not None and (not isinstance(self.logprobs, int) or self.logprobs < 0):
+            raise ValueError(f"SamplingParams: logprobs={self.logprobs!r} must be 0 or more, or None")
         check_choice("SamplingParams: ", top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         if "" in self.stop:
             raise ValueError("SamplingParams: stop holds an empty string, which would end every answer at once")

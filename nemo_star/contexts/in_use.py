@@ -10,6 +10,7 @@ from hashlib import sha256
 from nemo_star.contexts.store import ContextStore
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.encoding import Encoding
+from nemo_star.engine.engine import Engine
 from nemo_star.engine.scheduler import ContextWork
 
 
@@ -21,8 +22,9 @@ def context_key(ids: array[int]) -> bytes:
 class ContextsInUse:
     """Works for a scheduler, over a store. All ranks of a replica call the same methods in the same order."""
 
-    def __init__(self, store: ContextStore) -> None:
+    def __init__(self, engine: Engine, store: ContextStore) -> None:
         self.store = store
+        self._nothing = engine.empty_context()
         self._works: dict[tuple[str, bytes], ContextWork] = {}
         self._users: dict[tuple[str, bytes], int] = {}
 
@@ -37,18 +39,18 @@ class ContextsInUse:
         """The context of a text, for one more user, who ends with `let_go`.
 
         Args:
-            ids: [tokens].
+            ids: [tokens]; none: a query that hangs on nothing.
             key: `context_key(ids)`, where it is known.
         """
         name = owner, key or context_key(ids)
         work = self._works.get(name)
         if work is None or work.error is not None:
             # Who asks of what is there does not wait until others' texts are encoded.
-            known = self.store.find(ids, owner=owner)
+            known = self.store.find(ids, owner=owner) if ids else self._nothing
             work = ContextWork(ids, owner, context=known, on_block=on_block)
             if known is None:
                 work.on_encoded = lambda context: self._keep(context, owner)
-            else:
+            elif ids:
                 work.found_tokens = known.tokens
                 self.store.pin(known)
             self._works[name], self._users[name] = work, 0

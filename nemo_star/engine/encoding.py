@@ -35,6 +35,11 @@ class Encoding(Protocol):
     """Complete when `steps_left` is 0."""
     steps_left: int
 
+    @property
+    def done_by_rank(self) -> list[tuple[int, int]]:
+        """(blocks encoded, blocks in all) of each cp rank, alike on all ranks."""
+        ...
+
     def advance(self) -> bool:
         """Take a step, on all ranks of the replica; whether this rank encoded something of its own."""
         ...
@@ -93,6 +98,12 @@ class BlockEncoding:
         self.context.seconds += time.perf_counter() - started
         return block is not NO_BLOCK
 
+    @property
+    def done_by_rank(self) -> list[tuple[int, int]]:
+        """As of `Encoding`."""
+        done = self._blocks.rounds - self.steps_left
+        return [(min(done, len(blocks)), len(blocks)) for blocks in self._blocks.ranks]
+
     def abandon(self) -> None:
         """Between two rounds nothing is under way but what an earlier one sent."""
         if self._handover is not None:
@@ -143,7 +154,7 @@ class GoingOn:
 
     def __init__(self, engine: Engine, context: EncodedContext, ids: Tensor) -> None:
         self.context = context
-        self.steps_left = -(-(len(ids) - context.tokens) // TOKENS_AT_ONCE)
+        self.steps_left = self._steps = -(-(len(ids) - context.tokens) // TOKENS_AT_ONCE)
         self._engine = engine
         self._ids = ids
 
@@ -164,6 +175,11 @@ class GoingOn:
         engine.synchronize()
         context.seconds += time.perf_counter() - started
         return owner == rank
+
+    @property
+    def done_by_rank(self) -> list[tuple[int, int]]:
+        """All ranks attend to every token, each to its share of the keys."""
+        return [(self._steps - self.steps_left, self._steps)] * self._engine.groups.cp.size()
 
     def abandon(self) -> None:
         """Nothing is under way between two steps."""

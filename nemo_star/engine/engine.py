@@ -119,6 +119,11 @@ class Engine:
         with self._step(step, at):
             self.stage.encode(ids, at, torch.tensor([len(context_ids)], device=self.device))
 
+    def empty_context(self) -> EncodedContext:
+        """No context at all: sequences that hang on it see themselves only, all of what they say."""
+        nothing = Partition(0, ((),) * self.groups.cp.size())
+        return EncodedContext(torch.empty(0, dtype=torch.int32), KVCache(self.state.cache_dtype), nothing, self.method)
+
     def prefill_report(self, context: EncodedContext) -> PrefillReport:
         """What encoding took on all ranks of the replica, which all ask; K/V as counted in their caches."""
         mine = self.groups.cp.rank(), context.cache.tokens, context.seconds
@@ -136,11 +141,15 @@ class Engine:
         sequence.truncate(tokens, self.groups.cp.rank())
 
     @torch.inference_mode()
-    def decode(self, batch: Iterable[tuple[Sequence, Ids[int]]]) -> Tensor | None:
+    def decode(self, batch: Iterable[tuple[Sequence, Ids[int]]], *, scored: Ids[int] = ()) -> Tensor | None:
         """Phase 2, one step: run the next tokens of each sequence, which see its context and what came before them.
 
+        Args:
+            scored: places in the batch of sequences whose logits after every token are wanted.
+
         Returns:
-            logits [sequences, vocab] float32 after the last token of each, on the replica's first rank.
+            logits [rows, vocab] float32 after the last token of each, or after all tokens of a scored one, in the
+            order of the batch; on the replica's first rank.
         """
         rows = [_Row(place, sequence, list(tokens)) for place, (sequence, tokens) in enumerate(batch)]
         together: dict[int, list[_Row]] = {}
@@ -149,7 +158,7 @@ class Engine:
         ids: list[int] = []
         lengths: list[int] = []
         positions: list[Tensor] = []
-        last = [0] * len(rows)
+        wanted: list[list[int]] = [[]] * len(rows)
         contexts = []
         for of_context in together.values():
             start, sequences = len(ids), []
@@ -159,10 +168,12 @@ class Engine:
                 positions.append(torch.arange(position, position + len(row.tokens), device=self.device))
                 ids += row.tokens
                 lengths += [row.sequence.context.tokens] * len(row.tokens)
-                last[row.place] = len(ids) - 1
+                first = len(ids) - (len(row.tokens) if row.place in scored else 1)
+                wanted[row.place] = list(range(first, len(ids)))
             contexts.append(ContextRows(start, len(ids), of_context[0].sequence.context.cache, tuple(sequences)))
         position_ids = torch.cat(positions)
         input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, lengths))
+        last = [row for of_sequence in wanted for row in of_sequence]
         with self._step(DecodeStep(tuple(contexts)), position_ids):
             logits = self.stage.decode(input_ids, position_ids, context_tokens, last)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nemo_star.config.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's probabilities where a token was chosen."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens, the first one first."""
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of a chosen token and the `count` likeliest ones; logits [vocab] float32."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    likeliest = logprobs.topk(min(count, logprobs.numel()))
+    return TokenLogprobs(
+        token,
+        float(logprobs[token]),
+        list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)),
+    )
 
 
 class Sampler:

@@ -62,6 +62,10 @@ class Question:
     max_tokens: int = 0
     answers: Ids[Answer | None] = ()
     """One for each sample; None on ranks that do not choose."""
+    scores_query: bool = False
+    """Whether the logits after each token of the query are wanted, alike on all ranks."""
+    on_scores: Callable[[Tensor], None] = lambda logits: None
+    """Called with them, [query tokens, vocab] float32, on the rank that chooses."""
     sequence: Sequence | None = None
     """To go on with; None: a new one. Each answer's sequence is found in `sequences`, less the last token."""
     sequences: list[Sequence] = field(default_factory=list)
@@ -262,11 +266,16 @@ class Scheduler:
         work.on_encoded(context)
 
     def _decode(self) -> list[Question]:
-        logits = self.engine.decode([(live.sequence, live.run) for live in self._live])
+        scored = [row for row, live in enumerate(self._live) if live.sample is None and live.question.scores_query]
+        logits = self.engine.decode([(live.sequence, live.run) for live in self._live], scored=scored)
         rows = [(row, sample) for row, live in enumerate(self._live) for sample in _samples(live)]
         chosen = None
         if logits is not None:
-            chosen = [_choose(self._live[row].question.answers[sample], logits[row]) for row, sample in rows]
+            sizes = [len(live.run) if row in scored else 1 for row, live in enumerate(self._live)]
+            after = logits.split(sizes)
+            for row in scored:
+                self._live[row].question.on_scores(after[row])
+            chosen = [_choose(self._live[row].question.answers[sample], after[row][-1]) for row, sample in rows]
         agreed = self.engine.agree(chosen, len(rows))
         answered, going_on = [], []
         for (row, sample), (token, ended) in zip(rows, agreed, strict=True):

@@ -149,11 +149,14 @@ class OpenedModel:
         """
         answers: list[Completion | None] = [None] * params.n
         if self.is_first_of_replica:
-            answers = [
-                Completion(params, params.seed + sample, self.tokenizer, end_ids=self.end_ids, show=show)
-                for sample in range(params.n)
-            ]
-        return Question(work, query_ids, params.max_tokens, answers, sequence)
+            answers = [self.completion(params, sample, show=show) for sample in range(params.n)]
+        return Question(work, query_ids, params.max_tokens, answers, sequence=sequence)
+
+    def completion(
+        self, params: SamplingParams, sample: int, *, show: Callable[[str], None] = lambda text: None
+    ) -> Completion:
+        """One sample of an answer, on the replica's first rank."""
+        return Completion(params, params.seed + sample, self.tokenizer, end_ids=self.end_ids, show=show)
 
     def results(self, question: Question) -> list[Result | None]:
         """Of each sample of an answered question; None on ranks that did not choose."""

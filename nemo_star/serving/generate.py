@@ -72,7 +72,7 @@ class Generation:
         llm.load_weights()
         on_first_rank(self._start)
         inference = self.config.inference
-        self._contexts = ContextsInUse(llm.context_store())
+        self._contexts = ContextsInUse(llm.engine, llm.context_store())
         self._scheduler = llm.scheduler(
             max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
             steps_per_block=inference.steps_per_block,

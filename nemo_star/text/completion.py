@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_star.config.sampling import SamplingParams
-from nemo_star.engine.sampling import Sampler
+from nemo_star.engine.sampling import Sampler, TokenLogprobs, token_logprobs
 from nemo_star.text.stream import TextStream
 from nemo_star.text.tokenizer import Tokenizer
 
@@ -29,6 +29,8 @@ class Result:
     """[tokens, vocab] float32: row i is what token i was taken from. With `SamplingParams(logits=True)`."""
     token_times: list[float] = field(default_factory=list)
     """When each token was chosen (`time.perf_counter` of the rank that chose)."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of each token, with `SamplingParams(logprobs=...)`."""
     samples: tuple[Result, ...] = ()
     """All `SamplingParams.n` answers; this one is the first."""
 
@@ -54,6 +56,7 @@ class Completion:
         self._token_ids: list[int] = []
         self._token_times: list[float] = []
         self._logits: list[Tensor] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._finish_reason = "length"
         self._params = params
         self._sampler = Sampler(params, seed)
@@ -68,12 +71,19 @@ class Completion:
         token = self._sampler(logits)
         self._token_times.append(time.perf_counter())
         self._token_ids.append(token)
+        if self._params.logprobs is not None:
+            self._logprobs.append(token_logprobs(logits, token, self._params.logprobs))
         if self._stream:
             self._show(self._stream.push(token))
         ended = token in self._end_ids or (self._stream is not None and self._stream.ended)
         if ended:
             self._finish_reason = "stop"
         return token, ended
+
+    @property
+    def last_logprobs(self) -> TokenLogprobs | None:
+        """Of the token chosen last, where they are wanted."""
+        return self._logprobs[-1] if self._logprobs else None
 
     def finish(self) -> Result:
         """No more tokens come: show what was held back, and close the books."""
@@ -85,4 +95,5 @@ class Completion:
             finish_reason=self._finish_reason,
             logits=torch.stack(self._logits) if self._logits else None,
             token_times=self._token_times,
+            logprobs=None if self._params.logprobs is None else self._logprobs,
         )

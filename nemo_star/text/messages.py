@@ -12,6 +12,10 @@ ROLES = ("system", "user", "assistant", "tool")
 BREAKPOINT = "prompt_cache_breakpoint"
 
 
+class QueryNotFoundError(ValueError):
+    """Nothing says where the context ends and the query begins."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the context ends: just before or after a character, no blank, of a message; or before a whole message."""
@@ -22,7 +26,9 @@ class Place:
     after: bool = False
 
 
-def read_messages(messages: Any, *, continue_final_message: bool) -> tuple[list[dict[str, Any]], Place]:
+def read_messages(
+    messages: Any, *, continue_final_message: bool, needs_place: bool = True
+) -> tuple[list[dict[str, Any]], Place]:
     """Messages whose contents are texts (None beside tool calls), and where the context ends.
 
     Args:
@@ -30,6 +36,7 @@ def read_messages(messages: Any, *, continue_final_message: bool) -> tuple[list[
             {"type": "text", "text"}, which are joined as they are. After a part with "prompt_cache_breakpoint": true
             the context ends; of several, after the last one. Further fields are left to the chat template.
         continue_final_message: the last message is the beginning of the answer.
+        needs_place: false where it does not matter where the context ends: that is before everything, then.
 
     Raises:
         ValueError: what is wrong with which message, and what would be right.
@@ -42,6 +49,8 @@ def read_messages(messages: Any, *, continue_final_message: bool) -> tuple[list[
         marked = (number, ends) if ends is not None else marked
         chat.append({**message, "content": text if message.get("content") is not None else None})
     _check_last(chat[-1]["role"], continue_final_message)
+    if not needs_place:
+        return chat, Place(0, None)
     asked = [number for number, message in enumerate(chat) if message["role"] == "user"]
     if not asked:
         raise ValueError("messages hold none of the user: the last one of the user is the query")
@@ -119,7 +128,7 @@ def _place_by_rule(chat: Sequence[Mapping[str, Any]], asked: Sequence[int]) -> P
         if question is not None:
             return Place(last, question)
         if not any((message["content"] or "").strip() for message in chat[:last]):
-            raise ValueError(
+            raise QueryNotFoundError(
                 "one message of one line: where the context ends and the query begins is not to be seen. Put a blank "
                 f"line before the question, mark the part before it with {BREAKPOINT}, or give context and query"
             )

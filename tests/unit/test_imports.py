@@ -23,6 +23,7 @@ ROOMS = (
     "text",
     "llm",
     "serving",
+    "server",
     "benchmarking",
     "evaluation",
     "commands",
