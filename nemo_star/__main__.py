@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "checkpoints from Hugging Face's format, and back",
     "plan": "memory and time of a long context before anything runs",
     "benchmark": "attention methods on random weights (torchrun for several ranks)",
+    "benchmark-serve": "a running service under load, as its clients see it",
     "benchmark-kernels": "attention kernels of this machine against torch's own",
     "needles": "questions with known answers for generate, and their score",
     "compare-dumps": "each layer's output in two runs with debug.dump",

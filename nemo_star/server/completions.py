@@ -155,7 +155,7 @@ class _Completion:
         body, inference, limits = self._body, self._service.config.inference, self._service.limits
         most = limits.max_completion_tokens
         if asked_for is not None and asked_for > most:
-            message = f"{asked_for} tokens are asked for; this service gives at most {most} (server.max_completion_tokens)"
+            message = f"{asked_for} tokens are asked for; this service gives at most {most}"
             raise ApiError(400, message, param="max_tokens")
         tokens = asked_for or min(default, most)
         for prompt in prompts:
