@@ -23,6 +23,8 @@ from nemo_star.models.rotary import PositionRotaryEmbedding
 from nemo_star.models.sequence_parallel import SequenceParallel
 from nemo_star.parallel.groups import all_gather
 
+_FEW_ROWS = 8
+
 
 class Stage:
     """Runs one rank's part of a GPTModel whose layers come from `star_layer_spec`.
@@ -178,10 +180,17 @@ class Stage:
         weight = self.model.shared_embedding_or_output_weight() if tied else None
         if self.decode_group is not None:
             return self._divided_head(hidden, self.model.output_layer.weight if weight is None else weight)
-        logits = self.model.output_layer(hidden, weight=weight)[0].float().flatten(1)  # [rows, vocab / tp]
+        logits = self._product(hidden, weight).float()  # [rows, vocab / tp]
         if self.model.tp_group.size() > 1:
             logits = all_gather(logits, self.model.tp_group).transpose(0, 1).flatten(1)
         return logits[:, : self.vocab_size].contiguous()
+
+    def _product(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        """hidden [rows, b, h] times the head's weight [vocab / tp, h] (None: the output layer's own)."""
+        if self.device.type == "cpu" and 1 < hidden.shape[0] <= _FEW_ROWS:
+            # MKL packs the weight anew for each product of more than one row, unless the rows are the right operand.
+            return torch.mm(self.model.output_layer.weight if weight is None else weight, hidden.flatten(1).t()).t()
+        return self.model.output_layer(hidden, weight=weight)[0].flatten(1)
 
     def _divided_head(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The same from weight [vocab / tp, h]: each cp rank the next ceil(1 / cp) of its rows, the last ones fewer."""
