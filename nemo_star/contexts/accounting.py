@@ -37,6 +37,11 @@ class KVBytes:
         """Whether some layers of the model keep the last tokens only."""
         return any(layers.window is not None for layers in self._stages)
 
+    @property
+    def token(self) -> int:
+        """Of one token in all layers, on the rank that has most of them."""
+        return max((layers.full + layers.windowed) * layers.token_bytes for layers in self._stages)
+
     def fullest(self, partition: Partition, method: Method) -> int:
         """Bytes on the rank that holds most of a context."""
         tokens = partition.context_tokens

@@ -70,6 +70,11 @@ class ContextStore:
         return self._shelf.budget_bytes
 
     @property
+    def token_bytes(self) -> int:
+        """Of one token's K/V, on the rank that has most layers."""
+        return self._bytes.token
+
+    @property
     def tokens_by_rank(self) -> list[int]:
         """Tokens of all contexts in memory, by cp rank."""
         held = [entry.context.partition.tokens_by_rank for entry in self._shelf.entries.values()]

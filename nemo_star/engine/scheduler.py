@@ -20,6 +20,10 @@ from nemo_star.engine.context import EncodedContext, Sequence
 from nemo_star.engine.encoding import Encoding
 from nemo_star.engine.engine import Engine, PrefillReport
 
+MAX_STEP_TOKENS = 8192
+"""Of all sequences in one step, unless a single query is longer: long queries that come together run one after another,
+and what a step takes in memory does not grow with their number."""
+
 
 class Answer(Protocol):
     """What becomes of one sample's tokens, on the rank that chooses."""
@@ -74,6 +78,11 @@ class Question:
     left: int = 0
     """Answers under way."""
 
+    @property
+    def own_tokens(self) -> int:
+        """Of query and answers, at most."""
+        return len(self.answers) * (len(self.query_ids) + self.max_tokens)
+
 
 @dataclass(eq=False)
 class _Live:
@@ -94,6 +103,8 @@ class Scheduler:
         max_batch_size: answers under way at the same time.
         max_encodings: contexts being encoded at the same time: the one that came first and the one with least left take
             turns, so that a short one passes a long one, which still goes on.
+        max_own_tokens: queries and answers of all that are under way at the same time may come to so many tokens, whose
+            K/V take memory beside the contexts'; None: any number.
         steps_per_block: tokens that live answers get between two blocks of a context being encoded.
         open_context: an encoding for a context whose turn it is, or the context itself where it is known already; None
             while there is no room for it beside those in use; ValueError, alike on all ranks: its questions end with
@@ -106,12 +117,14 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_encodings: int = 1,
+        max_own_tokens: int | None = None,
         steps_per_block: int = 1,
         open_context: Callable[[ContextWork], Encoding | EncodedContext | None] | None = None,
     ) -> None:
         self.engine = engine
         self._max_batch_size = max_batch_size
         self._max_encodings = max_encodings
+        self._max_own_tokens = max_own_tokens
         self._steps_per_block = steps_per_block
         self._open_context = open_context or (lambda work: engine.begin(work.ids))
         self._waiting: deque[Question] = deque()
@@ -217,7 +230,17 @@ class Scheduler:
         return done
 
     def _has_room_for(self, question: Question) -> bool:
-        return not self._live or self.live + len(question.answers) <= self._max_batch_size
+        """Beside those under way; alone there is room for whatever was taken in."""
+        if not self._live:
+            return True
+        under_way = {id(live.question): live.question for live in self._live}.values()
+        own_tokens = question.own_tokens + sum(other.own_tokens for other in under_way)
+        next_tokens = len(question.query_ids) + sum(len(live.run) for live in self._live)
+        return (
+            self.live + len(question.answers) <= self._max_batch_size
+            and (self._max_own_tokens is None or own_tokens <= self._max_own_tokens)
+            and next_tokens <= MAX_STEP_TOKENS
+        )
 
     def _open(self, work: ContextWork) -> None:
         if any(other is work for other, _ in self._encodings):

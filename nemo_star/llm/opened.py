@@ -211,6 +211,10 @@ class OpenedModel:
             folder=None if cache.folder is None else Path(cache.folder),
         )
 
+    def max_own_tokens(self, store: ContextStore) -> int:
+        """Of queries and answers under way at the same time, by what their K/V may take."""
+        return self._limit.own_kv_budget // store.token_bytes
+
     @cached_property
     def fingerprint(self) -> str:
         """Which weights these are."""

@@ -49,6 +49,11 @@ class MemoryLimit:
         left = [(memory.size - weights[memory.pool]) // (2 * sharing[memory.pool]) for memory in self._free]
         return max(1, min(left))
 
+    @property
+    def own_kv_budget(self) -> int:
+        """Bytes a rank for the K/V of queries and answers: half of that other half."""
+        return max(1, self.kv_budget // 2)
+
     def _shortage(self, context_tokens: int, replica: int) -> str | None:
         """What is missing where, if the replica were to answer; None where all fits."""
         work, layout = dataclasses.replace(self._work, context_tokens=context_tokens), self._work.layout

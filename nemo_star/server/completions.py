@@ -159,7 +159,7 @@ class _Completion:
             raise ApiError(400, message, param="max_tokens")
         tokens = asked_for or min(default, most)
         for prompt in prompts:
-            tokens = self._service.check(prompt, tokens, may_shorten=asked_for is None)
+            tokens = self._service.check(prompt, tokens, samples=body.n or 1, may_shorten=asked_for is None)
         default_temperature = 0.0 if inference.greedy else inference.temperature
         return SamplingParams(
             max_tokens=tokens,

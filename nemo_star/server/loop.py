@@ -70,6 +70,7 @@ class EngineLoop:
         self._scheduler = llm.scheduler(
             max_batch_size=config.inference.max_batch_size,
             max_encodings=config.server.max_encodings,
+            max_own_tokens=llm.max_own_tokens(store),
             steps_per_block=config.inference.steps_per_block,
             open_context=self._contexts.open,
         )

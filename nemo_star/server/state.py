@@ -66,13 +66,14 @@ class Service:
         context.used = time.time()
         return context
 
-    def check(self, prompt: Prompt, new_tokens: int, *, may_shorten: bool) -> int:
+    def check(self, prompt: Prompt, new_tokens: int, *, samples: int, may_shorten: bool) -> int:
         """Refuse what cannot run, before anything is computed; how many tokens the answer may have.
 
         Raises:
             ApiError: 400, 413.
         """
         self.check_context(len(prompt.context_ids))
+        self._check_memory(prompt, new_tokens, samples)
         most = self.max_positions
         if most is None or self.limits.max_context_tokens is not None:
             return new_tokens
@@ -85,6 +86,18 @@ class Service:
                 code=TOO_LONG,
             )
         return min(new_tokens, room)
+
+    def _check_memory(self, prompt: Prompt, new_tokens: int, samples: int) -> None:
+        """Refuse a query and answers whose own K/V do not fit, whatever else is under way."""
+        if self.store is None:
+            return
+        most, own = self.llm.max_own_tokens(self.store), samples * (len(prompt.query_ids) + new_tokens)
+        if own > most:
+            raise ApiError(
+                413,
+                f"{samples} answer(s) to a query of {len(prompt.query_ids)} tokens may come to {own} tokens, there is "
+                f"memory for {most}: ask for fewer",
+            )
 
     def check_context(self, tokens: int) -> None:
         """Refuse a context that is longer than the model was trained for, or does not fit.

@@ -72,9 +72,11 @@ class Generation:
         llm.load_weights()
         on_first_rank(self._start)
         inference = self.config.inference
-        self._contexts = ContextsInUse(llm.engine, llm.context_store())
+        store = llm.context_store()
+        self._contexts = ContextsInUse(llm.engine, store)
         self._scheduler = llm.scheduler(
             max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
+            max_own_tokens=llm.max_own_tokens(store),
             steps_per_block=inference.steps_per_block,
             open_context=self._open_context,
         )
