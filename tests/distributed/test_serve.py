@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 import torch
-from launch import ROOT
+from launch import ROOT, run_tool
 from serving import service
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -283,6 +283,33 @@ def test_streams_side_by_side_have_the_tokens_of_those_alone(client, streams):
     assert {len(tokens) for tokens in alone} == {24}
     with ThreadPoolExecutor(streams) as pool:
         assert list(pool.map(answer, range(streams))) == alone
+
+
+def test_the_benchmark_of_a_service(server):
+    measured = ["--streams", "2", "--beside", "1500", "--requests", "10", "--contexts", "3", "--context-tokens", "700"]
+    done = run_tool(ROOT / "tools/benchmark_serve.py", "--url", server.address, "--tokens", "8", *measured)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout)
+    assert found["side_by_side"][0]["different_texts"] == 0
+    assert found["many_contexts"]["right"] == 10
+    assert found["beside_a_prefill"]["longest_gap_seconds"] > 0
+    refused = run_tool(ROOT / "tools/benchmark_serve.py", "--url", server.address)
+    assert refused.returncode == 1
+    assert "nothing to measure" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_thousand_questions_on_more_contexts_than_memory_takes(demo):
+    """K/V of a context of 1,750 tokens take 5.4 MB on the rank that has it: four of ten fit."""
+    asked = ["--requests", "1000", "--contexts", "10", "--context-tokens", "2000"]
+    with service(demo, "cache.budget_gib=0.0205") as running:
+        done = run_tool(ROOT / "tools/benchmark_serve.py", "--url", running.address, *asked, timeout=600)
+    assert done.returncode == 0, done.stderr + done.stdout
+    many = json.loads(done.stdout)["many_contexts"]
+    assert many["right"] == 1000
+    assert 0 < many["from_cache"] < 1000
+    assert many["kv_bytes"] <= many["kv_budget_bytes"]
+    assert many["resident_mib"][-1] < 1.1 * many["resident_mib"][2]
 
 
 def test_nothing_is_left_under_way(server):

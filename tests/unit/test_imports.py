@@ -24,8 +24,8 @@ ROOMS = (
     "llm",
     "serving",
     "server",
-    "benchmarking",
     "evaluation",
+    "benchmarking",
     "commands",
 )
 """Folders (and the front door, llm.py) in the way of the data: a room imports itself and what stands before it."""
