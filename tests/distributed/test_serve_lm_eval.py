@@ -1,4 +1,4 @@
-"""lm-evaluation-harness against the service, offline, on two tasks of our own: generation, and choices by log-probability."""
+"""lm-evaluation-harness against the service, offline, on two tasks of our own: answers, and choices by probability."""
 
 import json
 import os
