@@ -42,7 +42,8 @@ async function request(path, options = {}) {
 
 function failure(error, status = 0) {
   const message = error?.message ?? `The service answered with HTTP status ${status}.`;
-  return new ServiceError(message, { status, code: error?.code });
+  const asSentence = message.replace(/^[a-z](?=[a-z]*[ '])/, (letter) => letter.toUpperCase());
+  return new ServiceError(asSentence, { status, code: error?.code });
 }
 
 const json = async (path, options) => (await request(path, options)).json();

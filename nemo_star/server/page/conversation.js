@@ -1,7 +1,7 @@
 // Questions about one context, and their answers as they come.
 
 import * as api from "./api.js";
-import { announce, duration, element, number, plural } from "./dom.js";
+import { announce, byId, duration, element, plural } from "./dom.js";
 
 const TOO_LONG = ["context_length_exceeded", "query_length_exceeded"];
 const NEAR = 160; // pixels: who is so near to the end of the page is taken along
@@ -76,6 +76,7 @@ export class Conversation {
       turn.node.remove();
       if (isTooLong) this.startOver();
       this.ask(question);
+      byId("question").focus(); // the button is gone
     });
     keepEndInView(() => turn.answer.append(again));
   }
@@ -116,7 +117,7 @@ function measured({ last: { usage, timings }, firstAfter }, seconds) {
   if (!usage) return values;
   values.push(["answer", plural(usage.completion_tokens, "token")]);
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-  values.push(["prompt", plural(usage.prompt_tokens, "token")], ["cached", number(cached)]);
+  values.push(["prompt", plural(usage.prompt_tokens, "token")], ["cached", plural(cached, "token")]);
   return values;
 }
 
