@@ -41,7 +41,7 @@ export class Conversation {
     this.onChange();
     keepEndInView(() => this.node.append(turn.node), Infinity);
     const began = performance.now();
-    const answer = { text: "", last: {}, firstAfter: null };
+    const answer = { text: "", last: {}, firstAfter: null, isFailed: false };
     try {
       const messages = [...turns, { question }].flatMap(messagesOf);
       const body = { context: this.contextId, messages, return_progress: true };
@@ -50,8 +50,9 @@ export class Conversation {
     } catch (error) {
       if (error.name === "AbortError") finish(turn, answer, began, "Stopped");
       else this.fail(turn, error, question);
+      answer.isFailed = error.name !== "AbortError";
     }
-    if (answer.text) turns.push({ question, answer: answer.text });
+    if (answer.text && !answer.isFailed) turns.push({ question, answer: answer.text });
     this.controller = null;
     this.onChange();
   }

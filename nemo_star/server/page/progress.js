@@ -27,7 +27,7 @@ function facts({ status, tokens, progress, cached_tokens: cached, prefill_second
     found.push("ready");
     if (seconds) found.push(`encoded in ${duration(seconds)}`);
     if (cached) found.push(`${number(cached)} of them known before`);
-    if (stored) found.push(stored === "disk" ? "kept on disk" : "kept in memory");
+    if (stored === "disk") found.push("kept on disk"); // those in memory may have made room for others meanwhile
   }
   return found;
 }
