@@ -45,6 +45,7 @@ async function start() {
     byId("model").textContent = data[0].id;
     byId("model").hidden = false;
     await contexts.refresh();
+    if (!byId("key-form").hidden) byId("main").focus(); // the form goes
     byId("key-form").hidden = true;
     notice("");
   } catch (error) {
