@@ -8,7 +8,7 @@ name, question = sys.argv[1:]
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 stream = client.chat.completions.create(
     model=client.models.list().data[0].id,
-    messages=[{"role": "user", "content": " ".join(question.split())}],
+    messages=[{"role": "user", "content": question}],
     extra_body={"context": name},
     stream=True,
     stream_options={"include_usage": True},

@@ -54,7 +54,8 @@ def long_question(needle):
 def server(demo, tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("\n".join(KEYS))
-    with service(demo, f"server.api_keys_file={keys}", "inference.tokens_to_generate=4000") as running:
+    changes = (f"server.api_keys_file={keys}", "inference.tokens_to_generate=4000", "server.max_context_tokens=null")
+    with service(demo, *changes) as running:
         yield running
 
 

@@ -24,7 +24,12 @@ HELLO = "Nothing but a line about the weather of today"
 
 @pytest.fixture(scope="module")
 def server(demo):
-    with service(demo, f"attention.block_size={BLOCK}", "server.keepalive_seconds=0.05") as running:
+    with service(
+        demo,
+        f"attention.block_size={BLOCK}",
+        "server.keepalive_seconds=0.05",
+        "server.max_context_tokens=null",
+    ) as running:
         yield running
 
 
