@@ -16,7 +16,8 @@ import torch.distributed as dist
 from nemo_star.config.serve import ServeConfig
 from nemo_star.contexts.in_use import ContextsInUse
 from nemo_star.contexts.store import ContextStore
-from nemo_star.engine.scheduler import Answer, ContextWork, Question
+from nemo_star.engine.encoding import Encoding
+from nemo_star.engine.scheduler import Answer, Question
 from nemo_star.llm.opened import OpenedModel
 from nemo_star.parallel.groups import NO_LIMIT, broadcast_orders
 from nemo_star.server.answer import StreamedAnswer, query_scores
@@ -78,7 +79,7 @@ class EngineLoop:
         self._desk = desk
         self._jobs: dict[int, _Job] = {}
         self._is_stopped = False
-        self._counted: WeakKeyDictionary[ContextWork, list[int]] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Encoding, list[int]] = WeakKeyDictionary()
 
     def run(self) -> None:
         """Orders and steps in turn; ends after `Stop`, with all contexts brought to disk where there is a folder."""
@@ -172,7 +173,7 @@ class EngineLoop:
         for number, job in self._jobs.items():
             work = job.question.work
             if work.encoding is not None and work.encoding.steps_left != job.steps_left:
-                self._count_blocks(work)
+                self._count_blocks(work.encoding)
                 self._say_progress(number, job)
             if work.context is not None and isinstance(job.order, Ask):  # the other ones' end comes with it
                 self._say_there(number, job)
@@ -188,12 +189,12 @@ class EngineLoop:
         )
         self._desk.outbox.flush()
 
-    def _count_blocks(self, work: ContextWork) -> None:
-        """Of all who wait for a context, the first one that looks counts."""
-        assert work.encoding is not None
-        done = [done for done, _ in work.encoding.done_by_rank]
-        before = self._counted.get(work, [0] * len(done))
-        self._counted[work] = done
+    def _count_blocks(self, encoding: Encoding) -> None:
+        """Of all who wait for a context, the first one that looks counts; what was done for those who went away is
+        counted already."""
+        done = [done for done, _ in encoding.done_by_rank]
+        before = self._counted.get(encoding, [0] * len(done))
+        self._counted[encoding] = done
         if self._desk is not None:
             for rank, (now, earlier) in enumerate(zip(done, before, strict=True)):
                 self._desk.metrics.blocks.labels(rank).inc(now - earlier)

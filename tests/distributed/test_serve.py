@@ -27,7 +27,7 @@ def server(demo):
     with service(
         demo,
         f"attention.block_size={BLOCK}",
-        "server.keepalive_seconds=0.05",
+        "server.keepalive_seconds=0.005",
         "server.max_context_tokens=null",
     ) as running:
         yield running
