@@ -86,7 +86,7 @@ class Front:
         folder = None if config.cache.folder is None else Path(config.cache.folder)
         prompts = Prompts(config, server, llm.tokenizer, llm.description.model.vocab_size)
         self.service = Service(config, llm, keys, jobs, Names(folder), self.metrics, prompts)
-        self._http = HttpThread(make_app(self.service), listener, header_seconds=server.body_seconds)
+        self._http = HttpThread(make_app(self.service), listener, patience=server.body_seconds)
         host, port = listener.getsockname()[:2]
         self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._draining = threading.Event()
