@@ -128,9 +128,7 @@ class _ImpatientProtocol(H11Protocol):
     def _is_owed(self) -> bool:
         """Whether what the client has begun to send is all that there is to wait for."""
         theirs, ours = self.conn.their_state, self.conn.our_state
-        return theirs is h11.IDLE or (
-            theirs is h11.SEND_BODY and ours not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY)
-        )
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
     def _look(self) -> None:
         if not self._is_owed:
