@@ -155,7 +155,9 @@ class _Completion:
         body, inference, limits = self._body, self._service.config.inference, self._service.limits
         most = limits.max_completion_tokens
         if asked_for is not None and asked_for > most:
-            raise ApiError(400, f"an answer may have {most} tokens in this service", param="max_tokens")
+            raise ApiError(
+                400, f"an answer of {asked_for} tokens is longer than the {most} of this service", param="max_tokens"
+            )
         tokens = asked_for or min(default, most)
         for prompt in prompts:
             tokens = self._service.check(prompt, tokens, may_shorten=asked_for is None)
