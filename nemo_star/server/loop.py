@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_star.config.serve import ServeConfig
 from nemo_star.contexts.in_use import ContextsInUse
 from nemo_star.contexts.store import ContextStore
+from nemo_star.engine.encoding import Encoding
 from nemo_star.engine.scheduler import Answer, ContextWork, Question
 from nemo_star.llm.opened import OpenedModel
 from nemo_star.parallel.groups import NO_LIMIT, broadcast_orders
@@ -78,7 +79,7 @@ class EngineLoop:
         self._desk = desk
         self._jobs: dict[int, _Job] = {}
         self._is_stopped = False
-        self._counted: WeakKeyDictionary[ContextWork, list[int]] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Encoding, list[int]] = WeakKeyDictionary()
 
     def run(self) -> None:
         """Orders and steps in turn; ends after `Stop`, with all contexts brought to disk where there is a folder."""
@@ -193,11 +194,11 @@ class EngineLoop:
         self._desk.outbox.flush()
 
     def _count_blocks(self, work: ContextWork) -> None:
-        """Of all who wait for a context, the first one that looks counts."""
+        """Of all who wait for a context, the first one that looks counts; one that was left and goes on is the same."""
         assert work.encoding is not None
         done = [done for done, _ in work.encoding.done_by_rank]
-        before = self._counted.get(work, [0] * len(done))
-        self._counted[work] = done
+        before = self._counted.get(work.encoding, [0] * len(done))
+        self._counted[work.encoding] = done
         if self._desk is not None:
             for rank, (now, earlier) in enumerate(zip(done, before, strict=True)):
                 self._desk.metrics.blocks.labels(rank).inc(now - earlier)
