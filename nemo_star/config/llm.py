@@ -14,7 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _NO_VARIABLES = frozenset(
     "chat_template conversation messages tokenize add_generation_prompt continue_final_message sanitize_control_tokens "
-    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
+    "self".split()
 )
 """Parameters of transformers' `apply_chat_template` that are not for the template."""
 

@@ -37,7 +37,8 @@ class ServerConfig:
     max_encodings: int = 2
     """Contexts encoded by turns, so that a short one need not wait for a long one."""
     body_seconds: float = 60.0
-    """A request's headers, and then its body, must have come within this time (408)."""
+    """A request's headers, and then its body, must have come within this time (408); a client that reads nothing of its
+    answer for so long is left."""
     request_seconds: float = 3600.0
     """A request that has taken longer, waiting included, ends with an error (504)."""
     keepalive_seconds: float = 10.0

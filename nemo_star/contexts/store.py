@@ -222,10 +222,15 @@ class ContextStore:
         return True
 
     def forget_text(self, ids: Ids[int] | Tensor, *, owner: str = "") -> None:
-        """Drop the context of a text from memory and from disk; sequences that hang on it may go on."""
+        """Drop the context of a text, and what nobody waits for of one under way, from memory and from disk; sequences
+        that hang on it may go on."""
         tokens = torch.as_tensor(ids, dtype=torch.int32)
         name = self._text(tokens, self._engine.method.pinned(len(tokens)), owner).name
         self._shelf.entries.pop(name.key, None)
+        under_way = self._shelf.under_way.get(name.key)
+        if under_way is not None and under_way.set_aside:
+            under_way.encoding.abandon()
+            del self._shelf.under_way[name.key]
         if self._folder is not None:
             self._folder.remove(name)
 

@@ -57,5 +57,7 @@ class Sampler:
         if self.params.top_p < 1.0:
             ordered, order = torch.softmax(scaled, dim=-1).sort(descending=True)
             before = ordered.cumsum(dim=-1) - ordered
-            scaled[order[before >= self.params.top_p]] = float("-inf")
+            is_cut = before >= self.params.top_p
+            is_cut[0] = False  # a top_p that is 0 in float32
+            scaled[order[is_cut]] = float("-inf")
         return torch.softmax(scaled, dim=-1)

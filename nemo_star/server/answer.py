@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from nemo_star.config.sampling import SamplingParams
 from nemo_star.engine.sampling import token_logprobs
 from nemo_star.llm.opened import OpenedModel
 from nemo_star.server.events import Event, Failed, QueryScores, SampleEnded, Token
+from nemo_star.text.completion import Completion
 
 
 class StreamedAnswer:
@@ -17,7 +19,8 @@ class StreamedAnswer:
 
     def __init__(self, llm: OpenedModel, params: SamplingParams, sample: int, tell: Callable[[Event], None]) -> None:
         self._texts: list[str] = []
-        self._completion = llm.completion(params, sample, show=self._texts.append)
+        self._llm = llm
+        self._params = params
         self._sample = sample
         self._left = params.max_tokens
         self._tell = tell
@@ -35,6 +38,11 @@ class StreamedAnswer:
             self._tell(Failed(f"choosing a token failed: {type(error).__name__}: {error}"))
             return 0, True
         return token, ended
+
+    @functools.cached_property
+    def _completion(self) -> Completion:
+        """Made with the first token, where its failure is the request's."""
+        return self._llm.completion(self._params, self._sample, show=self._texts.append)
 
     def _taken(self) -> str:
         text = "".join(self._texts)

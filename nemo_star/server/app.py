@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -21,7 +22,7 @@ from nemo_star import __version__
 from nemo_star.server import completions
 from nemo_star.server.contexts import Contexts
 from nemo_star.server.errors import ApiError
-from nemo_star.server.gate import Gate
+from nemo_star.server.gate import Gate, internal_error
 from nemo_star.server.schemas import ChatRequest, CompletionRequest, ContextRequest
 from nemo_star.server.state import Service
 
@@ -48,6 +49,8 @@ def make_app(service: Service) -> ASGIApp:
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(Exception, _failed)  # FastAPI's own is a line of text; raised again, for the log
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return Gate(app, service)
 
@@ -96,9 +99,16 @@ def _model(service: Service) -> dict[str, Any]:
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return JSONResponse(error.body, error.status, error.headers)
+    if isinstance(error, RequestValidationError):
+        return await _refused(request, ApiError(422, "the request's path or query is not what this route takes"))
     assert isinstance(error, HTTPException)
     refusal = ApiError(error.status_code, str(error.detail))
     return JSONResponse(refusal.body, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    failure = internal_error(request.state.note["id"], error)
+    return JSONResponse(failure.body, failure.status, failure.headers)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

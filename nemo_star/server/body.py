@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MIB = 2**20
 _MAX_PROBLEMS = 5
 _MAX_FORM_FIELDS = 20
+_MAX_KEYS = 1000
 
 
 async def read_json(request: Request, model: type[Model], limits: ServerConfig) -> Model:
@@ -30,10 +32,7 @@ async def read_json(request: Request, model: type[Model], limits: ServerConfig) 
     if _content_type(request) != "application/json":
         raise ApiError(415, "send JSON, with Content-Type: application/json")
     content = await _read(request, limits)
-    try:
-        return await run_in_threadpool(model.model_validate_json, content)
-    except ValidationError as error:
-        raise _problems(error) from None
+    return await run_in_threadpool(_validated, content, model)
 
 
 async def read_form(request: Request, limits: ServerConfig) -> Mapping[str, Any]:
@@ -78,6 +77,21 @@ class form_closed:
 def is_form(request: Request) -> bool:
     """Whether the body is a multipart form."""
     return _content_type(request) == "multipart/form-data"
+
+
+def _validated(content: bytes, model: type[Model]) -> Model:
+    try:
+        values = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"Invalid JSON: {error}") from None
+    # Each unknown field would be an error of its own.
+    for each in [values, *(values.values() if isinstance(values, dict) else ())]:
+        if isinstance(each, dict) and len(each) > _MAX_KEYS:
+            raise ApiError(400, f"an object of {len(each)} fields: no object here has more than {_MAX_KEYS}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _problems(error) from None
 
 
 def _content_type(request: Request) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from array import array
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from nemo_star.config.sampling import SamplingParams
@@ -24,13 +25,11 @@ from nemo_star.server.prompts import Prompt
 from nemo_star.server.replies import ChatReply, Reply, TextReply, usage
 from nemo_star.server.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, Generation, seed_of
 from nemo_star.server.state import Service
-from nemo_star.server.stream import END, SIGN_OF_LIFE, all_events, sse, told, watched
+from nemo_star.server.stream import END, SIGN_OF_LIFE, Stream, all_events, sse, told, watched
 
 _MAX_TOKENS_OF_COMPLETION = 16
 """OpenAI's default."""
 _CLIENT_GONE = 499
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Of a stream: nobody on the way holds it back."""
 
 
 @dataclass
@@ -183,60 +182,58 @@ class _Completion:
         }
         service.metrics.query_tokens.inc(self._note["query_tokens"])
         orders = [self._order(prompt, asked) for prompt in asked.prompts]
-        service.jobs.check_room(self._owner, len(orders))
-        if self._body.stream:
-            return StreamingResponse(
-                told(self._stream(asked, orders)), media_type="text/event-stream", headers=_HEADERS
-            )
-        try:
-            return JSONResponse(await self._whole(asked, orders))
-        except ClientGoneError:
-            return Response(status_code=_CLIENT_GONE)
+        async with AsyncExitStack() as running:
+            group = running.enter_context(service.jobs.running(self._owner, orders))
+            await running.enter_async_context(watched(self._request, group))
+            if self._body.stream:
+                return Stream(told(self._stream(asked, group)), running.pop_all())
+            try:
+                return JSONResponse(await self._whole(asked, group))
+            except ClientGoneError:
+                return Response(status_code=_CLIENT_GONE)
 
     def _order(self, prompt: Prompt, asked: _Asked) -> Callable[[int], Ask | Encode]:
         owner, params, scores = self._owner, asked.params, asked.scores_prompt
         return lambda job: Ask(job, owner, prompt.context_ids, prompt.query_ids, params, scores)
 
-    async def _whole(self, asked: _Asked, orders: list[Callable[[int], Ask | Encode]]) -> dict[str, Any]:
+    async def _whole(self, asked: _Asked, group: Group) -> dict[str, Any]:
         n = asked.params.n
         choices = [_Choice() for _ in range(n * len(asked.prompts))]
-        async with self._service.jobs.running(self._owner, orders) as group, watched(self._request, group):
-            async for item in all_events(group):
-                if item is not None:
-                    _gather(choices, item[0] * n, item[1], asked)
-            self._noted(asked, group, [choice.text for choice in choices])
+        async for item in all_events(group):
+            if item is not None:
+                _gather(choices, item[0] * n, item[1], asked)
+        self._noted(asked, group, [choice.text for choice in choices])
         for number, text in enumerate(asked.echoed):
             choices[number].text = text + choices[number].text
         wants = asked.params.logprobs is not None
         told = [(choice.text, choice.logprobs if wants else None, choice.reason) for choice in choices]
         return asked.reply.whole(told, {**self._usage(asked, group), "timings": group.jobs[0].timings})
 
-    async def _stream(self, asked: _Asked, orders: list[Callable[[int], Ask | Encode]]) -> AsyncIterator[str]:
+    async def _stream(self, asked: _Asked, group: Group) -> AsyncIterator[str]:
         body, reply, n = self._body, asked.reply, asked.params.n
         texts = [""] * (n * len(asked.prompts))
-        async with self._service.jobs.running(self._owner, orders) as group, watched(self._request, group):
-            for index in range(len(texts)):
-                if (head := reply.head(index)) is not None:
-                    yield sse(head)
-            async for item in all_events(group, patience=self._service.limits.keepalive_seconds):
-                if item is None:
-                    yield SIGN_OF_LIFE
-                    continue
-                place, event = item
-                if isinstance(event, Progress):
-                    if body.return_progress:
-                        yield sse(reply.bare(prompt_progress=_progress(event)))
-                elif isinstance(event, Token):
-                    texts[place * n + event.sample] += event.text
-                    logprobs = None if event.logprobs is None else [event.logprobs]
-                    if event.text or logprobs:
-                        yield sse(reply.chunk(place * n + event.sample, event.text, logprobs, None))
-                elif isinstance(event, SampleEnded):
-                    texts[place * n + event.sample] += event.text
-                    if event.text:
-                        yield sse(reply.chunk(place * n + event.sample, event.text, None, None))
-                    yield sse(reply.chunk(place * n + event.sample, "", None, event.finish_reason))
-            self._noted(asked, group, texts)
+        for index in range(len(texts)):
+            if (head := reply.head(index)) is not None:
+                yield sse(head)
+        async for item in all_events(group, patience=self._service.limits.keepalive_seconds):
+            if item is None:
+                yield SIGN_OF_LIFE
+                continue
+            place, event = item
+            if isinstance(event, Progress):
+                if body.return_progress:
+                    yield sse(reply.bare(prompt_progress=_progress(event)))
+            elif isinstance(event, Token):
+                texts[place * n + event.sample] += event.text
+                logprobs = None if event.logprobs is None else [event.logprobs]
+                if event.text or logprobs:
+                    yield sse(reply.chunk(place * n + event.sample, event.text, logprobs, None))
+            elif isinstance(event, SampleEnded):
+                texts[place * n + event.sample] += event.text
+                if event.text:
+                    yield sse(reply.chunk(place * n + event.sample, event.text, None, None))
+                yield sse(reply.chunk(place * n + event.sample, "", None, event.finish_reason))
+        self._noted(asked, group, texts)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield sse(reply.bare(**self._usage(asked, group), timings=group.jobs[0].timings))
         yield END

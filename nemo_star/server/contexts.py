@@ -15,7 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from nemo_star.server.body import is_form, read_form, read_json
 from nemo_star.server.errors import ApiError
 from nemo_star.server.events import Encoded, Progress
-from nemo_star.server.jobs import ClientGoneError
+from nemo_star.server.gate import log
+from nemo_star.server.jobs import ClientGoneError, Group
 from nemo_star.server.names import NamedContext
 from nemo_star.server.orders import Encode, Forget
 from nemo_star.server.schemas import ContextRequest
@@ -31,7 +32,8 @@ class Contexts:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._groups: dict[str, Group] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def routes(self) -> APIRouter:
         router = APIRouter()
@@ -105,11 +107,10 @@ class Contexts:
         service = self._service
         if (body.text is None) == (body.tokens is None):
             raise ApiError(400, "give either text (or a file), or tokens")
-        if len(service.names.of(owner)) >= service.limits.max_contexts_per_key:
-            most = service.limits.max_contexts_per_key
-            raise ApiError(429, f"{most} contexts of this key exist (server.max_contexts_per_key)", retry=False)
+        self._check_count(owner)
         ids: array[int] = await run_in_threadpool(service.prompts.context, body.text or body.tokens or [])
         service.check_context(len(ids))
+        self._check_count(owner)  # others may have come meanwhile; from here on nothing waits
         service.jobs.check_room(owner, 1)
         ttl = body.ttl_seconds or service.limits.context_ttl_seconds
         try:
@@ -118,22 +119,39 @@ class Contexts:
             raise ApiError(409, str(error), code="context_exists", param="name", retry=False) from None
         except OSError as error:
             raise ApiError(507, f"the context cannot be written down: {error.strerror}", retry=False) from None
-        self._tasks[context.id] = asyncio.create_task(self._encode(context))
+        group = service.jobs.begin(owner, [lambda job: Encode(job, owner, ids)])
+        self._groups[context.id] = group
+        task = asyncio.create_task(self._encode(context, group))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return context
 
     def delete(self, context: NamedContext) -> None:
         """End what is under way for it, and free what it takes, unless another one has the same text."""
-        if (task := self._tasks.pop(context.id, None)) is not None:
-            task.cancel()
+        self._end(context)  # the engine has to hear of this first: what it would still encode it would keep
         if self._service.names.remove(context):
             self._service.jobs.order(Forget(context.owner, context.ids))
+
+    def _end(self, context: NamedContext) -> None:
+        group = self._groups.pop(context.id, None)
+        if group is not None:
+            group.end_with(ClientGoneError("deleted"))
+            self._service.jobs.end(group)
+
+    def _check_count(self, owner: str) -> None:
+        most = self._service.limits.max_contexts_per_key
+        if len(self._service.names.of(owner)) >= most:
+            raise ApiError(429, f"{most} contexts of this key exist (server.max_contexts_per_key)", retry=False)
 
     async def expire(self) -> None:
         """Delete contexts whose time is over, for ever."""
         while True:
             await asyncio.sleep(EXPIRY_SECONDS)
             for context in self._service.names.expired():
-                self.delete(context)
+                try:
+                    self.delete(context)
+                except OSError as error:  # of its files; others have their time, too
+                    log("not deleted", context=context.id, error=str(error))
 
     def _found(self, owner: str, name: str) -> NamedContext:
         context = self._service.names.find(owner, name)
@@ -141,19 +159,17 @@ class Contexts:
             raise ApiError(404, f"there is no context {name[:200]!r}", code="context_not_found")
         return context
 
-    async def _encode(self, context: NamedContext) -> None:
+    async def _encode(self, context: NamedContext, group: Group) -> None:
         """To its end; what comes of it is kept in `context`."""
-        jobs = self._service.jobs
         try:
-            async with jobs.running(context.owner, [lambda job: Encode(job, context.owner, context.ids)]) as group:
-                async for item in all_events(group):
-                    event: Any = None if item is None else item[1]
-                    if isinstance(event, Progress):
-                        context.status, context.progress = "encoding", event
-                    elif isinstance(event, Encoded):
-                        context.encoded = event
+            async for item in all_events(group):
+                event: Any = None if item is None else item[1]
+                if isinstance(event, Progress):
+                    context.status, context.progress = "encoding", event
+                elif isinstance(event, Encoded):
+                    context.encoded = event
             context.status, context.used = "ready", time.time()
         except (ApiError, ClientGoneError) as error:
             context.status, context.error = "failed", str(error)
         finally:
-            self._tasks.pop(context.id, None)
+            self._end(context)

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -51,6 +51,19 @@ class _JsonLines(logging.Formatter):
         return json.dumps(values, default=str)
 
 
+def internal_error(request_id: str, error: Exception) -> ApiError:
+    """A mistake of ours; the log has the rest, under this id."""
+    return ApiError(500, f"internal error {request_id}: {type(error).__name__}", retry=False)
+
+
+def _split(address: str) -> SplitResult:
+    """Nothing where it is no address: urllib raises for half an IPv6 one."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
 class Gate:
     """ASGI middleware around the whole application.
 
@@ -91,7 +104,7 @@ class Gate:
         except Exception as error:
             _LOG.exception("failed", extra={"values": note})
             if not has_begun:
-                failure = ApiError(500, f"internal error {note['id']}: {type(error).__name__}", retry=False)
+                failure = internal_error(note["id"], error)
                 await JSONResponse(failure.body, 500, failure.headers)(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
@@ -103,9 +116,9 @@ class Gate:
         """The owner."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._only_loopback and (urlsplit(f"//{host}").hostname or "") not in _LOOPBACK:
+        if self._only_loopback and (_split(f"//{host}").hostname or "") not in _LOOPBACK:
             raise ApiError(403, "this service is for its own machine: call it by localhost or 127.0.0.1")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise ApiError(403, "requests of other sites' pages are not taken")
         path = scope["path"]
         if path in _OPEN or path.startswith("/page/"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from typing import Any
@@ -11,6 +12,8 @@ import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nemo_star.server.errors import ApiError
 
 _BACKLOG = 1024
 _END_SECONDS = 5
@@ -37,16 +40,14 @@ class HttpThread:
     """Serves an application until `stop`.
 
     Args:
-        header_seconds: a connection whose request's headers take longer is closed.
+        patience: a connection on which a request's headers, or the reading of an answer, take longer is closed.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, *, header_seconds: float) -> None:
-        class Protocol(_ImpatientProtocol):
-            patience = header_seconds
-
+    def __init__(self, app: ASGIApp, listener: socket.socket, *, patience: float) -> None:
+        protocol = type("Protocol", (_ImpatientProtocol,), {"patience": patience})
         settings = uvicorn.Config(
             app,
-            http=Protocol,
+            http=protocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -81,10 +82,13 @@ class HttpThread:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the rest of a request's headers."""
+    """uvicorn waits for ever: for the rest of a request's headers, for the rest of a body that nobody reads because the
+    answer has been given, for a client to read its answer. Here each may take `patience` seconds, unless something of
+    the answer is read meanwhile."""
 
     patience: float
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -97,17 +101,50 @@ class _ImpatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._cancel()
+        self._cancel_unread()
+
+    def pause_writing(self) -> None:
+        """What was written is not read as fast; it waits in memory."""
+        super().pause_writing()
+        self._cancel_unread()
+        self._unread = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_unread()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP, as to every other mistake; where an answer is under way, it ends."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        content = json.dumps(ApiError(400, msg).body).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(content))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether what the client has begun to send is all that there is to wait for."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
     def _look(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        if not self._is_owed:
             self._cancel()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.patience, self._close)
 
     def _close(self) -> None:
         self._timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self._is_owed and not self.transport.is_closing():
             self.transport.close()
+
+    def _cancel_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _cancel(self) -> None:
         if self._timer is not None:

@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nemo_star.config.serve import ServerConfig
 from nemo_star.server.errors import ApiError
@@ -30,35 +30,36 @@ class Group:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.jobs: list[Job] = []
+        self.deadline: asyncio.TimerHandle | None = None
         self._events: deque[tuple[int, Event]] = deque()
         self._wake = asyncio.Event()
-        self._is_gone = False
+        self._end: Exception | None = None
 
     def put(self, job: Job, event: Event) -> None:
         self._events.append((self.jobs.index(job), event))
         self._wake.set()
 
-    def client_gone(self) -> None:
-        """Whoever waits for the next event learns that there is nobody to tell it to."""
-        self._is_gone = True
+    def end_with(self, error: Exception) -> None:
+        """Whoever waits for the next event gets this error instead, now and always; the first one stays."""
+        self._end = self._end or error
         self._wake.set()
 
     async def next(self, patience: float | None = None) -> tuple[int, Event] | None:
         """The next event and the place of its job; None where none comes within `patience` seconds.
 
         Raises:
-            ApiError: a job failed.
+            ApiError: a job failed, or took too long.
             ClientGoneError: the client went away.
         """
-        while not self._events and not self._is_gone:
+        while not self._events and self._end is None:
             self._wake.clear()
             try:
                 async with asyncio.timeout(patience):
                     await self._wake.wait()
             except TimeoutError:
                 return None
-        if self._is_gone:
-            raise ClientGoneError
+        if self._end is not None:
+            raise self._end
         place, event = self._events.popleft()
         if isinstance(event, Failed):
             raise ApiError(event.status, event.message, retry=event.status == 503)
@@ -169,13 +170,21 @@ class Jobs:
         if full is not None:
             raise ApiError(429, full, code="rate_limit_exceeded", retry=True, retry_after=_RETRY_SECONDS)
 
-    @asynccontextmanager
-    async def running(self, owner: str, orders: list[Callable[[int], Ask | Encode]]) -> AsyncIterator[Group]:
+    @contextmanager
+    def running(self, owner: str, orders: list[Callable[[int], Ask | Encode]]) -> Iterator[Group]:
         """Jobs from their orders, given their numbers, to their end; those that are left before are cancelled.
 
         Raises:
-            ApiError: 429 or 503, before anything is ordered; 504 when it takes too long.
+            ApiError: 429 or 503, before anything is ordered.
         """
+        group = self.begin(owner, orders)
+        try:
+            yield group
+        finally:
+            self.end(group)
+
+    def begin(self, owner: str, orders: list[Callable[[int], Ask | Encode]]) -> Group:
+        """As `running`; whoever calls it must see to `end`."""
         self.check_room(owner, len(orders))
         group = Group(owner)
         for order in orders:
@@ -185,22 +194,25 @@ class Jobs:
             self._inbox.put(order(job.number))
         self._of_owner[owner] += len(orders)
         self._count()
+        # Not asyncio.timeout: where a stream's reader is slow, that would cancel the task within what sends.
         seconds = self._config.request_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                yield group
-        except TimeoutError:
-            message = f"not done within {seconds:g} s (server.request_seconds)"
-            raise ApiError(504, message, code="timeout", retry=False) from None
-        finally:
-            for job in group.jobs:
-                del self._jobs[job.number]
-                if not job.has_ended:
-                    self._inbox.put(Cancel(job.number))
-            self._of_owner[owner] -= len(orders)
-            if not self._of_owner[owner]:
-                del self._of_owner[owner]
-            self._count()
+        message = f"not done within {seconds:g} s (server.request_seconds)"
+        late = ApiError(504, message, code="timeout", retry=False)
+        group.deadline = asyncio.get_running_loop().call_later(seconds, group.end_with, late)
+        return group
+
+    def end(self, group: Group) -> None:
+        """Nobody waits for these jobs any more."""
+        if group.deadline is not None:
+            group.deadline.cancel()
+        for job in group.jobs:
+            del self._jobs[job.number]
+            if not job.has_ended:
+                self._inbox.put(Cancel(job.number))
+        self._of_owner[group.owner] -= len(group.jobs)
+        if not self._of_owner[group.owner]:
+            del self._of_owner[group.owner]
+        self._count()
 
     def deliver(self, events: list[tuple[int, Event]]) -> None:
         """From the engine's thread: events of jobs."""

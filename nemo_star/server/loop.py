@@ -12,6 +12,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_star.config.serve import ServeConfig
 from nemo_star.contexts.in_use import ContextsInUse
@@ -125,12 +126,16 @@ class EngineLoop:
         if isinstance(order, Ask):
             question.max_tokens = order.params.max_tokens
             question.scores_query = order.scores_query
-            question.on_scores = lambda logits: self._tell(
-                order.job, query_scores(logits, order.query_ids, order.params.logprobs or 0)
-            )
+            question.on_scores = lambda logits: self._score(order, logits)
         joins = any(job.question.work is work for job in self._jobs.values())
         self._jobs[order.job] = _Job(order, question, joins)
         self._scheduler.add(question)
+
+    def _score(self, order: Ask, logits: Tensor) -> None:
+        try:
+            self._tell(order.job, query_scores(logits, order.query_ids, order.params.logprobs or 0))
+        except Exception as error:  # the request's own, as in `StreamedAnswer`
+            self._tell(order.job, Failed(f"scoring the prompt failed: {type(error).__name__}: {error}"))
 
     def _answers(self, order: Ask) -> list[Answer | None]:
         params = order.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import secrets
@@ -40,9 +41,9 @@ class NamedContext:
     encoded: Encoded | None = None
     error: str | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> bytes:
-        """Of its text."""
+        """Of its text; a long one takes its time, and all of an owner's are compared when one is deleted."""
         return context_key(self.ids)
 
     @property
@@ -162,10 +163,15 @@ class Names:
         values = {name: getattr(context, name) for name in ("id", "name", "owner", "created", "ttl_seconds")} | {
             "tokens": len(context.ids)
         }
-        write_whole(ids, lambda file: file.write_bytes(context.ids.tobytes()))
-        write_whole(record, lambda file: file.write_text(json.dumps(values), encoding="utf-8"))
-        for file in (ids, record):
-            file.chmod(0o600)
+        try:
+            write_whole(ids, lambda file: file.write_bytes(context.ids.tobytes()))
+            write_whole(record, lambda file: file.write_text(json.dumps(values), encoding="utf-8"))
+            for file in (ids, record):
+                file.chmod(0o600)
+        except OSError:  # a disk that is full is not left fuller
+            for file in (record, ids):
+                file.unlink(missing_ok=True)
+            raise
 
     def _read(self, file: Path) -> None:
         """One of an earlier process; what is not whole is left where it is, and said."""

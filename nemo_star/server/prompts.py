@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_star.config.llm import LLMConfig
+from nemo_star.config.llm import LLMConfig, check_template_kwargs
 from nemo_star.config.serve import ServerConfig
 from nemo_star.server.errors import ApiError
 from nemo_star.server.schemas import ChatRequest
@@ -61,6 +61,7 @@ class Prompts:
         """Messages in the chat template; after a named context where `context_ids` has its tokens."""
         with self._lock, _refused("messages"):
             variables = {**(self._variables or {}), **(request.chat_template_kwargs or {})}
+            check_template_kwargs(variables)
             if context_ids is not None:
                 return self._checked(context_ids, self._turns(request, variables))
             try:

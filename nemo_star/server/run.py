@@ -57,15 +57,30 @@ def run(config: ServeConfig, free_memory: Callable[[torch.device], FreeMemory] =
         loop = EngineLoop(config, llm, store, control_group(llm.groups.replica), front[0] if front else None)
         if front:
             return front[0].serve(store, loop)
-        _leave_signals_to_first_rank()
-        loop.run()
+        # The first rank has the others stop when what is under way has ended; where it dies, they notice.
+        signalled = threading.Event()
+        _on_signals(lambda number, frame: signalled.set())
+        try:
+            loop.run()
+        except BaseException:
+            _end_by_signal(signalled)
+            raise
         return 0
 
 
-def _leave_signals_to_first_rank() -> None:
-    """It has the others stop when what is under way has ended; where it dies, they notice."""
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
+
+
+def _end_by_signal(signalled: threading.Event) -> None:
+    """After a failure there is nothing left to end well: the launcher's signal counts again, also one that has come.
+    A rank that has lost its peer waits for it (`run_as_tool`)."""
+    _on_signals(signal.SIG_DFL)
+    if signalled.is_set():
+        timer = threading.Timer(_TELL_SECONDS, signal.raise_signal, [signal.SIGTERM])
+        timer.daemon = True
+        timer.start()
 
 
 class Front:
@@ -86,7 +101,7 @@ class Front:
         folder = None if config.cache.folder is None else Path(config.cache.folder)
         prompts = Prompts(config, server, llm.tokenizer, llm.description.model.vocab_size)
         self.service = Service(config, llm, keys, jobs, Names(folder), self.metrics, prompts)
-        self._http = HttpThread(make_app(self.service), listener, header_seconds=server.body_seconds)
+        self._http = HttpThread(make_app(self.service), listener, patience=server.body_seconds)
         host, port = listener.getsockname()[:2]
         self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._draining = threading.Event()
@@ -99,8 +114,7 @@ class Front:
         """Take requests while the engine's loop runs; returns the exit code."""
         jobs = self.service.jobs
         self.service.store = store
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._signalled)
+        _on_signals(self._signalled)
         jobs.open()
         print(
             f"serving {self.service.model_name} at {self._address} "
@@ -114,6 +128,7 @@ class Front:
             log("engine failed", error=f"{type(error).__name__}: {error}")
             jobs.fail_all("the engine has failed; the service ends")
             time.sleep(_TELL_SECONDS)
+            _end_by_signal(self._draining)
             raise
         self._http.stop()
         log("ended")

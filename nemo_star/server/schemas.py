@@ -32,11 +32,13 @@ def _temperature(value: Any) -> Any:
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
-    Field(max_length=MAX_STOPS),
 ]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""The first wrong one is the only one told: errors take hundreds of times the memory of the body that they are in."""
 
 
 class Body(BaseModel):
@@ -92,7 +94,7 @@ class Generation(Body):
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     """{"role", "content"}. The user's last message is the query, and what comes before it the context, unless a part
     with "prompt_cache_breakpoint": true ends the context, or `context` names one."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -104,7 +106,7 @@ class ChatRequest(Generation):
 
     # Not implemented
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -113,7 +115,9 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     """Text or token ids, or several. The last paragraph of a text is the query, what comes before it the context; of
     token ids the last `query_tokens` are. With `context` all of it is the query."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -132,7 +136,7 @@ class ContextRequest(Body):
     """`POST /v1/contexts`: one of `text` and `tokens`, or a form with a `file`."""
 
     text: Annotated[str, Field(min_length=1)] | None = None
-    tokens: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    tokens: Annotated[TokenIds, Field(min_length=1)] | None = None
     name: Name | None = None
     """To call it by; the id is always good, too."""
     ttl_seconds: Annotated[float, Field(gt=0, le=10**9)] | None = None
