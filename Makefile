@@ -51,12 +51,18 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests of one process on two cores; launches of several processes one after another.
+UNIT := tests/unit -n 2 --dist loadfile
+LAUNCHED := --ignore tests/unit
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LAUNCHED)
 
 # The slow ones, too: every recorded case at every layout.
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(UNIT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(LAUNCHED)
 
 doctor: $(STAMP)
 	$(BIN)/python tools/doctor.py
