@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from nemo_star.evaluation.needles import NeedleDocument, make_document, question
 
 _TIMEOUT_SECONDS = 3600
-_TOKENS_OF_SENTENCE = 13
+_TOKENS_OF_SENTENCE = 10.7
 """Of the filler, roughly; only to hit a length."""
 
 
@@ -235,7 +235,7 @@ def many_contexts(client: Client, *, requests: int, contexts: int, context_token
 
 
 def _document(seed: str, tokens: int, *, needles: int) -> NeedleDocument:
-    return make_document(random.Random(seed), filler_sentences=tokens // _TOKENS_OF_SENTENCE, needles=needles)
+    return make_document(random.Random(seed), filler_sentences=int(tokens / _TOKENS_OF_SENTENCE), needles=needles)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
