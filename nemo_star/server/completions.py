@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.engine.sampling import TokenLogprobs
@@ -86,7 +85,7 @@ class _Completion:
         self._begin()
         named = self._named()
         ids = None if named is None else named.ids
-        prompt = await run_in_threadpool(self._service.prompts.chat, body, ids)
+        prompt = await self._service.tokenized(self._owner, self._service.prompts.chat, body, ids)
         most = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
@@ -105,7 +104,8 @@ class _Completion:
         if body.echo and (body.context is not None or body.stream or (body.n or 1) > 1):
             raise ApiError(400, "echo does not go together with context, stream or n above 1", param="echo")
         named = self._named()
-        prompts = await run_in_threadpool(self._prompts, body, None if named is None else named.ids)
+        ids = None if named is None else named.ids
+        prompts = await self._service.tokenized(self._owner, self._prompts, body, ids)
         params = self._params(
             prompts, body.max_tokens or (1 if alone else None), _MAX_TOKENS_OF_COMPLETION, body.logprobs
         )

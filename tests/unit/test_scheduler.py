@@ -111,6 +111,20 @@ def test_two_who_ask_for_one_context_encode_it_once_and_one_may_go(engine):
     desk.check_nothing_left()
 
 
+def test_many_answers_are_not_passed_for_ever_by_few(engine):
+    desk = Desk(engine)
+    desk.ask(SHORT)
+    desk.run()
+    desk.ask(SHORT, tokens=4)
+    many = desk.ask(SHORT, answers=4)
+    for _ in range(12):  # there is always somebody else
+        desk.ask(SHORT, tokens=4)
+        done = desk.scheduler.step()
+        if many in done:
+            break
+    assert many in done
+
+
 @pytest.mark.parametrize("answers", [1, 3])
 def test_an_answer_that_is_cancelled_leaves_the_others(engine, answers):
     desk = Desk(engine)

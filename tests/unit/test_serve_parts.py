@@ -22,6 +22,7 @@ from nemo_star.server.metrics import Metrics
 from nemo_star.server.names import Names
 from nemo_star.server.orders import Cancel, Encode, Forget
 from nemo_star.server.schemas import ChatRequest, CompletionRequest, ContextRequest
+from nemo_star.server.state import Turns
 
 IDS = array("i", [1, 2, 3])
 ENCODED = Encoded(3, 0, 0.0, 0.0)
@@ -212,9 +213,17 @@ def test_a_failed_job_ends_its_group_alone():
 
 
 def contexts_of(jobs, **limits):
-    prompts = SimpleNamespace(context=lambda text: IDS)
+    async def tokenized(owner, make, text):
+        await asyncio.sleep(0)
+        return make(text)
+
     service = SimpleNamespace(
-        jobs=jobs, names=Names(None), limits=ServerConfig(**limits), prompts=prompts, check_context=lambda tokens: None
+        jobs=jobs,
+        names=Names(None),
+        limits=ServerConfig(**limits),
+        prompts=SimpleNamespace(context=lambda text: IDS),
+        tokenized=tokenized,
+        check_context=lambda tokens: None,
     )
     return Contexts(service), service
 
@@ -237,6 +246,23 @@ def test_a_context_that_is_deleted_is_cancelled_before_it_is_forgotten():
             await asyncio.sleep(0)
         assert len(jobs) == 0
         assert (context.status, inbox.kinds()) == ("failed", [Encode])
+
+    asyncio.run(run())
+
+
+def test_owners_take_turns_however_many_each_has_waiting():
+    async def run():
+        turns, order = Turns(), []
+
+        async def take(owner):
+            async with turns.of(owner):
+                order.append(owner)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(take(owner) for owner in ["me"] * 6 + ["you"] * 2))
+        assert order.count("me") == 6
+        assert order.index("you") <= 2
+        assert "you" in order[order.index("you") + 1 :][:2]
 
     asyncio.run(run())
 
