@@ -38,6 +38,8 @@ class _Asked:
     prompts: list[Prompt]
     params: SamplingParams
     reply: Reply
+    context: NamedContext | None = None
+    """What the prompts come after, where it has a name."""
     echoed: list[str] = field(default_factory=list)
     """Texts of the prompts, where they are wanted."""
     scores_prompt: bool = False
@@ -92,7 +94,7 @@ class _Completion:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         params = self._params([prompt], most, self._service.config.inference.tokens_to_generate, logprobs)
         reply = ChatReply(self._service.model_name, self._service.prompts.token_text)
-        return await self._answered(_Asked([prompt], params, reply))
+        return await self._answered(_Asked([prompt], params, reply, named))
 
     async def text(self, body: CompletionRequest) -> Response:
         self._begin()
@@ -110,7 +112,7 @@ class _Completion:
             prompts, body.max_tokens or (1 if alone else None), _MAX_TOKENS_OF_COMPLETION, body.logprobs
         )
         reply = TextReply(self._service.model_name, self._service.prompts.token_text)
-        asked = _Asked(prompts, params, reply, prompt_alone=alone)
+        asked = _Asked(prompts, params, reply, named, prompt_alone=alone)
         if body.echo:
             token_text = self._service.prompts.token_text
             asked.echoed = [
@@ -185,6 +187,8 @@ class _Completion:
         orders = [self._order(prompt, asked) for prompt in asked.prompts]
         async with AsyncExitStack() as running:
             group = running.enter_context(service.jobs.running(self._owner, orders))
+            if asked.context is not None:
+                running.enter_context(asked.context.in_use())
             await running.enter_async_context(watched(self._request, group))
             if self._body.stream:
                 return Stream(told(self._stream(asked, group)), running.pop_all())

@@ -70,6 +70,19 @@ def test_names_are_an_owners_own_and_found_again(tmp_path):
     assert Names(tmp_path).of("me") == []
 
 
+def test_a_context_does_not_expire_while_it_is_used():
+    names = Names(None)
+    context = names.add("me", "notes", IDS, 1.0)
+    context.status = "ready"
+    assert list(names.expired()) == []
+    context.used -= 2
+    with context.in_use():
+        assert list(names.expired()) == []
+    assert list(names.expired()) == []
+    context.used -= 2
+    assert list(names.expired()) == [context]
+
+
 def test_a_name_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     names = Names(tmp_path)
 
