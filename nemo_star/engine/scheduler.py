@@ -211,6 +211,7 @@ class Scheduler:
         """Live answers where there is room for them; contexts to encode, for the sake of the next questions. What is
         done without a token: questions whose context is all that they ask for, or cannot be had."""
         done: list[Question] = []
+        has_room = True  # whoever is next waits for room, and nobody passes: many answers would never find any
         for question in list(self._waiting):
             work = question.work
             can_open = not self._is_full and len(self._encodings) < self._max_encodings
@@ -222,7 +223,7 @@ class Scheduler:
             if work.error is not None or (work.context is not None and not question.answers):
                 self._waiting.remove(question)
                 done.append(question)
-            elif work.context is not None and self._has_room_for(question):
+            elif work.context is not None and (has_room := has_room and self._has_room_for(question)):
                 self._waiting.remove(question)
                 self._admit(question, work.context)
         if done:

@@ -155,5 +155,9 @@ def compiled(rows: int, channels: int, stored: str) -> Any:
     attend.__qualname__ = f"attend_{rows}_{channels}_{stored}"  # a name in the cache of its own
     work = njit(fastmath=set(FLAGS), nogil=True, error_model="numpy", cache=True)(attend)
     kept = STORED[stored][:, ::1]
-    work.compile(types.void(float32[:, ::1], kept, kept, float32[:, ::1], float32[::1]))
+    try:
+        work.compile(types.void(float32[:, ::1], kept, kept, float32[:, ::1], float32[::1]))
+    except OSError:  # no room on the disk to keep it for the next process
+        if not work.signatures:
+            raise
     return work

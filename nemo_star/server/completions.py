@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.engine.sampling import TokenLogprobs
@@ -39,6 +38,8 @@ class _Asked:
     prompts: list[Prompt]
     params: SamplingParams
     reply: Reply
+    context: NamedContext | None = None
+    """What the prompts come after, where it has a name."""
     echoed: list[str] = field(default_factory=list)
     """Texts of the prompts, where they are wanted."""
     scores_prompt: bool = False
@@ -86,14 +87,14 @@ class _Completion:
         self._begin()
         named = self._named()
         ids = None if named is None else named.ids
-        prompt = await run_in_threadpool(self._service.prompts.chat, body, ids)
+        prompt = await self._service.tokenized(self._owner, self._service.prompts.chat, body, ids)
         most = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         params = self._params([prompt], most, self._service.config.inference.tokens_to_generate, logprobs)
         reply = ChatReply(self._service.model_name, self._service.prompts.token_text)
-        return await self._answered(_Asked([prompt], params, reply))
+        return await self._answered(_Asked([prompt], params, reply, named))
 
     async def text(self, body: CompletionRequest) -> Response:
         self._begin()
@@ -105,12 +106,13 @@ class _Completion:
         if body.echo and (body.context is not None or body.stream or (body.n or 1) > 1):
             raise ApiError(400, "echo does not go together with context, stream or n above 1", param="echo")
         named = self._named()
-        prompts = await run_in_threadpool(self._prompts, body, None if named is None else named.ids)
+        ids = None if named is None else named.ids
+        prompts = await self._service.tokenized(self._owner, self._prompts, body, ids)
         params = self._params(
             prompts, body.max_tokens or (1 if alone else None), _MAX_TOKENS_OF_COMPLETION, body.logprobs
         )
         reply = TextReply(self._service.model_name, self._service.prompts.token_text)
-        asked = _Asked(prompts, params, reply, prompt_alone=alone)
+        asked = _Asked(prompts, params, reply, named, prompt_alone=alone)
         if body.echo:
             token_text = self._service.prompts.token_text
             asked.echoed = [
@@ -184,6 +186,8 @@ class _Completion:
         orders = [self._order(prompt, asked) for prompt in asked.prompts]
         async with AsyncExitStack() as running:
             group = running.enter_context(service.jobs.running(self._owner, orders))
+            if asked.context is not None:
+                running.enter_context(asked.context.in_use())
             await running.enter_async_context(watched(self._request, group))
             if self._body.stream:
                 return Stream(told(self._stream(asked, group)), running.pop_all())

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from nemo_star.server.body import is_form, read_form, read_json
 from nemo_star.server.errors import ApiError
@@ -108,7 +107,7 @@ class Contexts:
         if (body.text is None) == (body.tokens is None):
             raise ApiError(400, "give either text (or a file), or tokens")
         self._check_count(owner)
-        ids: array[int] = await run_in_threadpool(service.prompts.context, body.text or body.tokens or [])
+        ids: array[int] = await service.tokenized(owner, service.prompts.context, body.text or body.tokens or [])
         service.check_context(len(ids))
         self._check_count(owner)  # others may have come meanwhile; from here on nothing waits
         service.jobs.check_room(owner, 1)

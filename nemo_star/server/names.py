@@ -9,6 +9,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ class NamedContext:
     progress: Progress | None = None
     encoded: Encoded | None = None
     error: str | None = None
+    uses: int = 0
+    """Requests under way that came after it."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Time in which it does not expire; its own time begins anew at the end."""
+        self.uses += 1
+        try:
+            yield
+        finally:
+            self.uses -= 1
+            self.used = time.time()
 
     @functools.cached_property
     def key(self) -> bytes:
@@ -138,10 +151,11 @@ class Names:
         return all(other.key != context.key for other in self.of(context.owner))
 
     def expired(self) -> Iterator[NamedContext]:
-        """Those whose time is over, and that nobody encodes now."""
+        """Those whose time is over, and that nobody encodes or uses now."""
         now = time.time()
         for context in list(self._contexts.values()):
-            if context.expires is not None and context.expires <= now and context.status in ("ready", "failed"):
+            is_idle = context.status in ("ready", "failed") and not context.uses
+            if is_idle and context.expires is not None and context.expires <= now:
                 yield context
 
     def _put(self, context: NamedContext) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.serve import ServeConfig, ServerConfig
@@ -21,6 +26,22 @@ from nemo_star.server.names import NamedContext, Names
 from nemo_star.server.prompts import Prompt, Prompts
 
 TOO_LONG = "context_length_exceeded"
+T = TypeVar("T")
+
+
+class Turns:
+    """One at a time; owners in turn, however many each has waiting."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Lock()
+        self._of_owner: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def of(self, owner: str) -> AsyncIterator[None]:
+        """Time in which it is this owner's turn, and nobody else's."""
+        mine = self._of_owner.setdefault(owner, asyncio.Lock())
+        async with mine, self._all:
+            yield
 
 
 @dataclass
@@ -41,6 +62,7 @@ class Service:
     store: ContextStore | None = None
 
     def __post_init__(self) -> None:
+        self._turns = Turns()
         self.started = int(time.time())
         place = Path(str(self.config.checkpoint))
         self.model_name = self.config.server.model_name or place.resolve().name
@@ -53,6 +75,12 @@ class Service:
     def max_positions(self) -> int | None:
         """Context, query and answer together; None: the model does not say."""
         return self.llm.description.model.max_position_embeddings
+
+    async def tokenized(self, owner: str, make: Callable[..., T], *arguments: Any) -> T:
+        """What `make`, a method of `prompts`, makes in a thread; it is one at a time, and who waits for it is not a
+        thread that others need to read their requests."""
+        async with self._turns.of(owner):
+            return await run_in_threadpool(make, *arguments)
 
     def used(self, owner: str, name: str) -> NamedContext:
         """The context that a request names.

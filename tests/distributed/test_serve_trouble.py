@@ -148,7 +148,7 @@ def test_told_to_end_it_ends_what_is_under_way(demo, tmp_path):
         _check_repeated(server)
         assert post(server, CONTEXTS, {"text": LONG + "kept", "name": "kept"}).status_code == 202
         assert context(server, "kept")["stored"] == "disk"
-        with streams(server, 2, max_tokens=1200) as under_way:
+        with streams(server, 2, max_tokens=600) as under_way:
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: post(server, CHAT, long_chat(LINE)).status_code == 503, "no new requests")
             refused = post(server, CHAT, long_chat(LINE))

@@ -153,6 +153,20 @@ def test_what_it_does_not_take_goes_to_torch(monkeypatch):
     torch.testing.assert_close(out, TorchCpuKernel().decode(other, k, v, 0.3, causal=True), atol=0, rtol=0)
 
 
+def test_a_full_disk_does_not_keep_it_from_working(monkeypatch):
+    """numba keeps what is compiled beside the source, and raises where it cannot."""
+    from numba.core.caching import FunctionCache
+
+    from nemo_star.kernels import numba_code
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FunctionCache, "save_overload", full)
+    monkeypatch.setattr(FunctionCache, "load_overload", lambda *_: None)
+    assert numba_code.compiled(4, 32, "float32").signatures
+
+
 def test_without_numba_nothing_is_missing():
     program = (
         "import sys; sys.modules['numba'] = None\n"
