@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         prepare_imports()
         # Only now: importing Megatron takes seconds.
         if config.interactive:
-            from nemo_star.serving.chat import run
+            from nemo_star.offline.chat import run
         else:
-            from nemo_star.serving.generate import run
+            from nemo_star.offline.generate import run
 
     return run(config)

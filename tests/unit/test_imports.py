@@ -22,7 +22,7 @@ ROOMS = (
     "contexts",
     "text",
     "llm",
-    "serving",
+    "offline",
     "server",
     "evaluation",
     "benchmarking",

@@ -84,7 +84,7 @@ def question(tiny, tmp_path):
 
 def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question, tiny, groups, tmp_path):
     from nemo_star.checkpoint.description import read_description
-    from nemo_star.serving.generate import run
+    from nemo_star.offline.generate import run
 
     model = read_description(tiny).model
     weights = 4 * weight_elements(model, Layout(1, 1, 1, 1), 0)
@@ -98,7 +98,7 @@ def test_a_line_that_does_not_fit_becomes_an_error_and_the_others_go_on(question
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(question, groups, tmp_path):
-    from nemo_star.serving.generate import run
+    from nemo_star.offline.generate import run
 
     with pytest.raises(ValueError, match="does not fit into here: 1 rank there needs"):
         run(question, free_memory=lambda device: FreeMemory("here", 1000))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from chat import save_tokenizer
 
-from nemo_star.serving.files import InputFile, OutputFile, Resumed, read_resumed
-from nemo_star.serving.requests import BadRequest, Request, RequestReader
+from nemo_star.offline.files import InputFile, OutputFile, Resumed, read_resumed
+from nemo_star.offline.requests import BadRequest, Request, RequestReader
 from nemo_star.text.tokenizer import Tokenizer
 
 READER = RequestReader(vocab_size=100, tokenizer=None)
@@ -145,7 +145,7 @@ def test_output_is_written_line_by_line(tmp_path):
 
 def test_a_pipe_can_be_gone_through_twice_too():
     program = (
-        "from nemo_star.serving.files import InputFile; "
+        "from nemo_star.offline.files import InputFile; "
         "lines = InputFile('/dev/stdin'); print(*lines.ids(), *lines.ids())"
     )
     done = subprocess.run(

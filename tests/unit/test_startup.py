@@ -58,7 +58,7 @@ with no_garbage_collection():
     assert not gc.isenabled()
     prepare_imports()
     prepare_imports()
-    import nemo_star.serving.generate
+    import nemo_star.offline.generate
 assert gc.isenabled()
 import megatron.core.jit
 def function(): pass

@@ -18,15 +18,15 @@ from nemo_star.engine.encoding import Encoding
 from nemo_star.engine.scheduler import ContextWork, Question
 from nemo_star.llm.front import LLM
 from nemo_star.models.dump import LayerDump
+from nemo_star.offline.console import Console
+from nemo_star.offline.feed import Feed, Group
+from nemo_star.offline.requests import BadRequest, Request, RequestReader
+from nemo_star.offline.sink import AnswerSink, answer_of
+from nemo_star.offline.source import RequestSource
 from nemo_star.parallel.groups import gather_objects, on_first_rank
 from nemo_star.runtime.launch import EXIT_BAD_LINES
 from nemo_star.runtime.memory import FreeMemory, free_memory, peak_memory_bytes
 from nemo_star.runtime.store import connect
-from nemo_star.serving.console import Console
-from nemo_star.serving.feed import Feed, Group
-from nemo_star.serving.requests import BadRequest, Request, RequestReader
-from nemo_star.serving.sink import AnswerSink, answer_of
-from nemo_star.serving.source import RequestSource
 
 _REST_SECONDS = 0.005
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.engine.engine import PrefillReport
+from nemo_star.offline.files import OutputFile, Resumed
+from nemo_star.offline.requests import BadRequest, Request
 from nemo_star.runtime.files import check_target, write_whole
-from nemo_star.serving.files import OutputFile, Resumed
-from nemo_star.serving.requests import BadRequest, Request
 from nemo_star.text.completion import Result
 
 

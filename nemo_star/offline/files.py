@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_star.serving.requests import json_fields
+from nemo_star.offline.requests import json_fields
 from nemo_star.text.ids import is_unicode
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_star.config.generate import GenerateConfig
-from nemo_star.serving.files import InputFile, Resumed, read_resumed
-from nemo_star.serving.requests import BadRequest, Request, RequestReader
+from nemo_star.offline.files import InputFile, Resumed, read_resumed
+from nemo_star.offline.requests import BadRequest, Request, RequestReader
 
 
 class RequestSource:

@@ -11,9 +11,9 @@ from nemo_star.config.generate import GenerateConfig
 from nemo_star.llm.book import Book
 from nemo_star.llm.conversation import Conversation
 from nemo_star.llm.front import LLM
+from nemo_star.offline.console import Console
+from nemo_star.offline.source import read_text
 from nemo_star.parallel.groups import on_first_rank
-from nemo_star.serving.console import Console
-from nemo_star.serving.source import read_text
 from nemo_star.text.completion import Result
 
 HELP = "Ask a question, or: /back (take the last question back), /append FILE, /help, /quit"

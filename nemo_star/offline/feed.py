@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 
-from nemo_star.serving.requests import BadRequest, Request
-from nemo_star.serving.sink import Answer
+from nemo_star.offline.requests import BadRequest, Request
+from nemo_star.offline.sink import Answer
 
 READ_AHEAD_REQUESTS = 64
 """Looked through for requests that share a context."""
