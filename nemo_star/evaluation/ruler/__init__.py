@@ -21,7 +21,7 @@ from nemo_star.evaluation.ruler.frequent_words import FrequentWords
 from nemo_star.evaluation.ruler.niah import Niah
 from nemo_star.evaluation.ruler.questions import Questions
 from nemo_star.evaluation.ruler.sentences import split_sentences
-from nemo_star.evaluation.ruler.task import Family, Sample, Setting, Task
+from nemo_star.evaluation.ruler.task import Family, Prompt, Sample, Setting, Task
 from nemo_star.evaluation.ruler.variable_tracking import VariableTracking
 
 __all__ = ["Sample", "Task", "samples", "score", "split_sentences", "tasks"]
@@ -59,10 +59,18 @@ def samples(
     if count < 0 or tokens < 1:
         raise ValueError(f"{count} samples of {tokens} tokens: both must be positive")
     family = _families()[task.family](task, Setting(tokens, seed, count_tokens, data, split))
-    prompts = family.prompts(count)
-    return (
-        Sample(f"{task.name}-{index}", task.name, prompt.context, prompt.query, prompt.outputs, family.count(prompt.text))
-        for index, prompt in enumerate(prompts)
+    return (_sample(family, index, prompt) for index, prompt in enumerate(family.prompts(count)))
+
+
+def _sample(family: Family, index: int, prompt: Prompt) -> Sample:
+    name = family.task.name
+    return Sample(
+        id=f"{name}-{index}",
+        task=name,
+        context=prompt.context,
+        query=prompt.query,
+        outputs=prompt.outputs,
+        tokens=family.count(prompt.text),
     )
 
 

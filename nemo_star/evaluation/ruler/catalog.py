@@ -1,9 +1,9 @@
 """RULER's 13 tasks.
 
-Source: NVIDIA/RULER at commit c3f5e3b: scripts/synthetic.yaml (options), scripts/data/synthetic/constants.py (templates,
-answer prefixes, tokens to generate), scripts/eval/synthetic/constants.py (metrics). The star paper's: NVIDIA/
-Star-Attention at commit c61059f, ruler/synthetic_task_config.yaml, ruler/synthetic_inference_config.yaml (tokens to
-generate) and ruler/data/synthetic/constants.py.
+Source: NVIDIA/RULER at commit c3f5e3b: scripts/synthetic.yaml (options), scripts/data/synthetic/constants.py
+(templates, answer prefixes, tokens to generate), scripts/eval/synthetic/constants.py (metrics). The star paper's:
+NVIDIA/Star-Attention at commit c61059f: ruler/synthetic_task_config.yaml, ruler/synthetic_inference_config.yaml (tokens
+to generate), ruler/data/synthetic/constants.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from nemo_star.evaluation.ruler.task import Task
 
 _NIAH = (
-    "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz you "
-    "about the {type_needle_v} afterwards.\n{context}\n"
+    "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz "
+    "you about the {type_needle_v} afterwards.\n{context}\n"
     "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
 )
 _NIAH_PREFIX = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
@@ -36,8 +36,8 @@ _CWE = (
 _CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 _FWE = (
     "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
-    "most frequently appeared words in the above coded text?"
+    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
+    "three most frequently appeared words in the above coded text?"
 )
 _FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 _ONLY = "Answer the question based on the given documents. Only give me the answer and do not output any other words."

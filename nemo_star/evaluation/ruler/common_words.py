@@ -62,7 +62,7 @@ class CommonWords(Family):
         if size <= len(self.words):
             return self.words
         if not self.more_words:
-            self.more_words = list(read_data(self.setting.data, "english_words.json").values())
+            self.more_words = read_data(self.setting.data, "english_words.json", lambda data: list(data.values()))
         return self.more_words
 
 

@@ -1,7 +1,9 @@
 """Frequent words: of coded words whose numbers fall by Zipf's law, the three most frequent ones.
 
 Source: NVIDIA/RULER, scripts/data/synthetic/freq_words_extraction.py (commit c3f5e3b). Its prompts are equal to these.
-Lengths come in steps of 1/32 of the target, so that a prompt is up to 3% (now and then 6%) under it, as there.
+Lengths come in steps of 1/32 of the target, and the number of words is found with one vocabulary, whose words can be
+fewer tokens than those of the next one: a prompt can be 3% under the target, with a tokenizer that cuts coded words
+into pieces of different lengths 15%, as there.
 
 With `star_paper` as in NVIDIA/Star-Attention, ruler/data/synthetic/freq_words_extraction.py and
 ruler/synthetic_inference_config.yaml (commit c61059f): 120 tokens are generated, and the context alone is held against
@@ -31,7 +33,7 @@ class FrequentWords(Family):
         self.limit = setting.tokens - (0 if task.star_paper else self.generate)
         self.step = self.limit // 32
         if self.limit // 50 <= ANSWERS:
-            raise ValueError(f"{task.name}: {setting.tokens} tokens are too few for {ANSWERS} answers; give more tokens")
+            raise ValueError(f"{task.name}: {setting.tokens} tokens are too few for {ANSWERS} answers; give more")
 
     def draw(self, size: int, index: int) -> Prompt:
         return self._prompt(self._vocabulary(), size)

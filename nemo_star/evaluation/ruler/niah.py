@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from itertools import pairwise
 
 from nemo_star.evaluation.ruler.sources import WordPairs, read_data, word_list
 from nemo_star.evaluation.ruler.task import SHORT, Family, Prompt, Setting, Task, framed
@@ -34,7 +35,8 @@ class Niah(Family):
         self.values: int = options["num_needle_v"]
         self.essays: list[str] = []
         if self.haystack == "essay":
-            self.essays = re.sub(r"\s+", " ", read_data(setting.data, "PaulGrahamEssays.json")["text"]).split(" ")
+            text = read_data(setting.data, "PaulGrahamEssays.json", lambda data: data["text"])
+            self.essays = re.sub(r"\s+", " ", text).split(" ")
         self.pairs = WordPairs(word_list("adjective"), word_list("noun"))
         self.step = 500 if self.essays else 25 if setting.tokens >= SHORT else 5
         self.probe = self.step
@@ -85,7 +87,7 @@ class Niah(Family):
         depths = self.rng.sample(DEPTHS, len(needles))
         places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
         parts = []
-        for number, (start, stop) in enumerate(zip(places, places[1:], strict=False)):
+        for number, (start, stop) in enumerate(pairwise(places)):
             parts.append(" ".join(sentences[start:stop]))
             parts += needles[number : number + 1]
         return " ".join(parts)

@@ -3,6 +3,9 @@
 Source: NVIDIA/RULER, scripts/data/synthetic/qa.py (commit c3f5e3b). Its prompts are equal to these with the same files.
 Documents are of different lengths and their number is found with the first question: prompts can be some per cent
 under the target, as there.
+
+With `star_paper` as in NVIDIA/Star-Attention, ruler/data/synthetic/qa.py (commit c61059f): SQuAD's documents are there
+five times, because all of them are fewer tokens than long targets, and no document is repeated beyond that.
 """
 
 from __future__ import annotations
@@ -34,11 +37,10 @@ class Questions(Family):
     def __init__(self, task: Task, setting: Setting) -> None:
         super().__init__(task, setting)
         dataset: str = task.options["dataset"]
-        data = read_data(setting.data, f"{dataset}.json")
-        try:
-            self.documents, self.questions = (_squad if dataset == "squad" else _hotpotqa)(data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{dataset}.json has not the format of its source: {error!r}") from error
+        read = _squad if dataset == "squad" else _hotpotqa
+        self.documents, self.questions = read_data(setting.data, f"{dataset}.json", read)
+        if task.star_paper and dataset == "squad":
+            self.documents = self.documents * 5
         self.most = self.stop_above = len(self.documents)
 
     def prompts(self, count: int) -> Iterator[Prompt]:

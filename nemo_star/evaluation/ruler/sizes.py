@@ -6,7 +6,10 @@ functions of NVIDIA/Star-Attention, ruler/data/synthetic/ (commit c61059f), whos
 
 from __future__ import annotations
 
-from nemo_star.evaluation.ruler.task import Family, Prompt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_star.evaluation.ruler.task import Family, Prompt
 
 MAX_REDRAWS = 100
 """Of a size that cannot shrink further. The official scripts draw without end."""

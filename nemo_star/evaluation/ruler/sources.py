@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+Part = TypeVar("Part")
 Kind = Literal["noun", "adjective", "verb"]
 
 _REPOSITORY = "github.com/NVIDIA/RULER, scripts/data/synthetic/json/"
@@ -25,11 +27,11 @@ _FILES = {
 }
 
 
-def read_data(folder: Path | None, name: str) -> Any:
-    """A file of the folder `data`.
+def read_data(folder: Path | None, name: str, take: Callable[[Any], Part]) -> Part:
+    """What `take` takes from a file of the folder `data`.
 
     Raises:
-        ValueError: it is missing, or no JSON; says where RULER has it from.
+        ValueError: the file is missing, or has not the format of its source; says where RULER has it from.
     """
     content, source = _FILES[name]
     wanted = f"{name} ({content}); its source is {_REPOSITORY}: {source}"
@@ -39,9 +41,9 @@ def read_data(folder: Path | None, name: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is missing: put there {wanted}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): put there {wanted}") from error
+        return take(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has not the format that it should have ({error!r}): put there {wanted}") from error
 
 
 def word_list(kind: Kind) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_star.evaluation.ruler.sentences import split_sentences
+from nemo_star.evaluation.ruler.sizes import draw_sample, find_size
 
 SHORT = 4096
 """RULER takes smaller steps, and fewer repeated words, below this target."""
@@ -143,8 +144,6 @@ class Family(ABC):
         return self.setting.count_tokens(text)
 
     def prompts(self, count: int) -> Iterator[Prompt]:
-        from nemo_star.evaluation.ruler.sizes import draw_sample, find_size
-
         size = find_size(self)
         for index in range(count):
             yield draw_sample(self, size, index)

@@ -12,6 +12,7 @@ of the noise and the example's place differ, the example's value stays, the pref
 from __future__ import annotations
 
 import string
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from nemo_star.evaluation.ruler.niah import NOISE
@@ -40,7 +41,7 @@ class Assignments(Family):
         star = self.task.star_paper
         value = SHOT_VALUE if self.shot and not star else str(self.numbers.randint(10000, 99999))
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {name} = VAR {before} " for before, name in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {name} = VAR {before} " for before, name in pairwise(names)]
         sentences = [NOISE + "\n" if star else NOISE] * size
         if star and size <= len(chain):
             sentences = [part + "." if part.strip() else part for noise in sentences for part in noise.split(".")]
