@@ -4,9 +4,9 @@
     for sample in samples(task, tokens=4096, count=5, count_tokens=count): ...
     score(task, predictions, references)
 
-Prompts are equal to those of the official scripts (github.com/NVIDIA/RULER, commit c3f5e3b) for the same seed, token
-count, number of samples before and wonderwords release; each family's file names what can differ. They have no chat
-template: where the scripts are given one, its tokens count, too, and vt's and cwe's examples come before or inside it.
+Prompts are equal to those of the official scripts (github.com/NVIDIA/RULER, commit c3f5e3b) with their template `base`,
+for the same seed, tokenizer and wonderwords release; each family's file names what can differ. They have no chat
+template: where the scripts are given one, its tokens count, too, and it is around cwe's example as well.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ _TASKS = (
     _niah("niah_multikey_3", "needle", keys="uuids", values="uuids", kvq=(1, 1, 1)),
     _niah("niah_multivalue", "essay", kvq=(1, 4, 1)),
     _niah("niah_multiquery", "essay", kvq=(1, 1, 4)),
-    Task("vt", "vt", _options(num_chains=1, num_hops=4), _VT, _VT_PREFIX, 30, "all"),
+    Task("vt", "vt", _options(num_hops=4), _VT, _VT_PREFIX, 30, "all"),
     Task("cwe", "cwe", _options(freq_cw=30, freq_ucw=3, num_cw=10), _CWE, _CWE_PREFIX, 120, "all"),
-    Task("fwe", "fwe", _options(alpha=2.0), _FWE, _FWE_PREFIX, 50, "all"),
+    Task("fwe", "fwe", _options(), _FWE, _FWE_PREFIX, 50, "all"),
     Task("qa_1", "qa", _options(dataset="squad"), _QA, _QA_PREFIX, 32, "part"),
     Task("qa_2", "qa", _options(dataset="hotpotqa"), _QA, _QA_PREFIX, 32, "part"),
 )

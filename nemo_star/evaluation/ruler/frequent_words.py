@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from nemo_star.evaluation.ruler.task import Family, Prompt, Setting, Task, framed
 
 LETTERS = 6
-ZETA_2 = math.pi**2 / 6
-"""Riemann's zeta at alpha = 2, the only exponent of RULER's tasks; the double that scipy.special.zeta(2.0) gives."""
+ALPHA = 2.0
+ZETA = math.pi**2 / 6
+"""Riemann's zeta at ALPHA, the only exponent of RULER's tasks; the double that scipy.special.zeta(2.0) gives."""
 NOISE = "..."
 ANSWERS = 3
 
@@ -72,6 +73,6 @@ class FrequentWords(Family):
     def _prompt(self, vocabulary: list[str], size: int) -> Prompt:
         text = []
         for rank, word in enumerate(vocabulary, 1):
-            text += [word] * int(size * rank**-2.0 / ZETA_2)
+            text += [word] * int(size * rank**-ALPHA / ZETA)
         self.same_seed().shuffle(text)
         return framed(self.task.head(), " ".join(text), self.task.tail(), vocabulary[1 : 1 + ANSWERS])

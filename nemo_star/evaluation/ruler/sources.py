@@ -6,6 +6,7 @@ import bisect
 import json
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,7 +59,8 @@ def word_list(kind: Kind) -> list[str]:
 class WordPairs:
     """All "adjective-noun" in alphabetical order, each once, without the millions of them in memory.
 
-    Pairs that share what is before their first dash stand together in this order: only such a group is made.
+    Pairs that share what is before their first dash stand together in this order. Where one adjective alone begins so,
+    they are its nouns; where several do, their pairs are sorted.
     """
 
     def __init__(self, adjectives: list[str], nouns: list[str]) -> None:
@@ -66,11 +68,14 @@ class WordPairs:
         by_prefix: dict[str, list[str]] = {}
         for adjective in set(adjectives):
             by_prefix.setdefault(adjective.partition("-")[0] + "-", []).append(adjective)
-        self._groups = [by_prefix[prefix] for prefix in sorted(by_prefix)]
-        self._starts = [0]
-        for group in self._groups:
-            size = len(group) * len(self._nouns) if len(group) == 1 else len(self._pairs(group))
-            self._starts.append(self._starts[-1] + size)
+        self._adjectives = [by_prefix[prefix] for prefix in sorted(by_prefix)]
+        self._mixed = {
+            number: sorted({f"{adjective}-{noun}" for adjective in group for noun in self._nouns})
+            for number, group in enumerate(self._adjectives)
+            if len(group) > 1
+        }
+        sizes = [len(self._mixed.get(number, self._nouns)) for number in range(len(self._adjectives))]
+        self._starts = list(accumulate(sizes, initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -79,8 +84,7 @@ class WordPairs:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._starts, index) - 1
-        group, offset = self._groups[number], index - self._starts[number]
-        return f"{group[0]}-{self._nouns[offset]}" if len(group) == 1 else self._pairs(group)[offset]
-
-    def _pairs(self, group: list[str]) -> list[str]:
-        return sorted({f"{adjective}-{noun}" for adjective in group for noun in self._nouns})
+        offset = index - self._starts[number]
+        if number in self._mixed:
+            return self._mixed[number][offset]
+        return f"{self._adjectives[number][0]}-{self._nouns[offset]}"

@@ -1,4 +1,4 @@
-"""Variable tracking: a chain of assignments in noise, after an example that is answered.
+"""Variable tracking: one chain of assignments in noise, after an example that is answered.
 
 Source: NVIDIA/RULER, scripts/data/synthetic/variable_tracking.py (commit c3f5e3b), with noise as there; its prompts are
 equal to these. Should two variables of a chain be equal, which the official script fails at, the second one is left
