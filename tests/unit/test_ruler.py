@@ -77,6 +77,9 @@ def test_prompts_are_those_of_the_official_scripts(case, data):
         prompt["sha256"] for prompt in wanted
     ]
     assert [sample.outputs for sample in found] == [prompt["outputs"] for prompt in wanted]
+    if not star:  # whose scripts count fwe's and vt's otherwise
+        generated = tasks()[case["task"]].tokens_to_generate
+        assert [sample.tokens + generated for sample in found] == [prompt["length"] for prompt in wanted]
 
 
 def test_there_are_13_tasks():
@@ -107,8 +110,8 @@ def test_the_cut_is_before_the_question(name, made):
         assert sample.query.endswith((" is", " are", "they are: ", ":"))
 
 
-@pytest.mark.parametrize("name", [*tasks()])
-def test_references_are_in_the_context_and_keys_in_the_query(name, made):
+@pytest.mark.parametrize("name", tasks())
+def test_references_are_in_the_context(name, made):
     for sample in made(name):
         assert sample.outputs
         assert all(output in sample.context for output in sample.outputs)
