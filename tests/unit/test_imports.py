@@ -55,7 +55,9 @@ def test_a_room_imports_only_what_stands_before_it(file):
         assert ROOMS.index(other) <= ROOMS.index(room), f"{room} imports {imported}"
 
 
-@pytest.mark.parametrize("module", ["config.generate", "runtime.launch", "config.compose", "planning.report"])
-def test_what_checks_a_command_line_does_not_import_torch(module):
+@pytest.mark.parametrize(
+    "module", ["config.generate", "runtime.launch", "config.compose", "planning.report", "evaluation.ruler"]
+)
+def test_what_needs_no_torch_does_not_import_it(module):
     program = f"import sys, nemo_star.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
