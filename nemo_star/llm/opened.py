@@ -21,6 +21,7 @@ from nemo_star.engine.build import build_engine, dtype_name
 from nemo_star.engine.context import Sequence as SequenceOfTokens
 from nemo_star.engine.engine import Engine
 from nemo_star.engine.scheduler import ContextWork, Question, Scheduler
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
 from nemo_star.parallel.experts import check_experts
@@ -169,6 +170,21 @@ class OpenedModel:
             ValueError: an empty or unknown text or token.
         """
         return self._ids([(name, text)])[0]
+
+    def ids_on_replica(self, texts: Sequence[tuple[str, Text]]) -> list[list[int]]:
+        """The same of several, tokenized by this rank's replica for itself."""
+        return on_first_rank(lambda: [self._ids_of(name, text) for name, text in texts], self.groups.replica)
+
+    def attend_by(self, attention: AttentionConfig) -> None:
+        """Encode contexts by the same method with other sizes from now on.
+
+        Raises:
+            ValueError: it is another method, which takes other layers.
+        """
+        if attention.kind != self.config.attention.kind:
+            raise ValueError(f"this model was loaded for attention={self.config.attention.kind}, not {attention.kind}")
+        self.method = method_of(attention, windows=self.description.model.needs_windows)
+        self.engine.method = self.method
 
     def check(self, context_tokens: int, new_tokens: int = 0) -> list[str]:
         """Refuse sizes that cannot run; warnings of those that hardly make sense.

@@ -109,7 +109,7 @@ def test_fields_may_be_anything(hostile, count):
 @pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_what_schemathesis_thinks_of(hostile, examples):
     """From the service's own description of itself, valid and invalid."""
-    schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'nemo-star[fuzz]'")
+    schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'nemo-star[clients]'")
     from hypothesis import HealthCheck, errors, given, settings
 
     document = httpx.get(f"{hostile.server.address}/openapi.json").json()

@@ -12,7 +12,7 @@ from serving import service
 
 from nemo_star.evaluation.needles import make_document, question
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'lm_eval[api]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo-star[clients]'")
 pytestmark = pytest.mark.slow
 
 GENERATED = """

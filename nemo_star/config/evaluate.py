@@ -1,0 +1,119 @@
+"""Keys of `nemo-star evaluate`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from nemo_star.config.compare import Candidate
+from nemo_star.config.generate import InferenceConfig
+from nemo_star.config.llm import LLMConfig
+from nemo_star.methods.config import AttentionConfig
+from nemo_star.methods.registry import method_class
+
+_PART = re.compile(r"n/([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to attend, in a sweep: a word of `compare`, and sizes as they were given."""
+
+    candidate: Candidate
+    block_size: int | str | None = None
+    anchor_size: int | str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in reports: star n/4, star 2048 anchor 0."""
+        anchor = None if self.anchor_size is None else f"anchor {self.anchor_size}"
+        return " ".join(str(word) for word in (self.candidate.word, self.block_size, anchor) if word is not None)
+
+    def settings(self, attention: AttentionConfig, length: int) -> AttentionConfig:
+        """The group `attention` for contexts of about this length."""
+        changes = {"kind": self.candidate.kind}
+        changes |= {"anchor": self.candidate.variant} if self.candidate.variant else {}
+        sizes = {"block_size": self.block_size, "anchor_size": self.anchor_size}
+        given = {name: size_of(size, length) for name, size in sizes.items() if size is not None}
+        return replace(attention, **changes, **given)  # type: ignore[arg-type]
+
+
+def size_of(size: int | str, length: int) -> int:
+    """Tokens of a size: a number, or a part of the length such as n/4 (rounded up).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(size, int) and size >= 0:
+        return size
+    if (part := _PART.fullmatch(str(size))) is not None:
+        return -(-length // int(part[1]))
+    raise ValueError(f"a size is a number of tokens or a part of the length such as n/4, not {size!r}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(LLMConfig):
+    """All keys of `nemo-star evaluate`."""
+
+    compare: tuple[str, ...] = ("dense", "star")
+    """Attention methods, METHOD[:VARIANT]; differences are to the first one, sample by sample."""
+    block_sizes: tuple[int | str, ...] = ()
+    """Of methods that have blocks: each of these, in tokens or as a part of the length (n/4); none:
+    attention.block_size."""
+    anchor_sizes: tuple[int | str, ...] = ()
+    """Of star: each of these with each block size; none: attention.anchor_size."""
+    tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
+    """RULER's tasks."""
+    lengths: tuple[int, ...] = (4096,)
+    """Tokens of prompt and answer together."""
+    samples: int = 200
+    """Of each task at each length."""
+    seed: int = 42
+    """Of the samples."""
+    variant: Literal["ruler", "star_paper"] = "ruler"
+    """Tasks as RULER has them, or as the code of the Star Attention paper has them."""
+    data: str | None = None
+    """Folder with the essays and questions that some tasks need."""
+    input: str | None = None
+    """JSON lines {"id", "task", "context", "query", "outputs"} instead: given samples."""
+    output: str | None = None
+    """Folder for samples.jsonl, report.md, report.csv and pictures."""
+    resume: bool = False
+    """Go on where an earlier run with the same keys ended."""
+    overwrite: bool = False
+    """Replace what is in the folder."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output is None:
+            raise ValueError("output is not set: give output=FOLDER for the samples and the report")
+        for name in ("compare", "lengths") if self.input else ("compare", "tasks", "lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
+        for name in ("compare", "tasks", "lengths", "block_sizes", "anchor_sizes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
+        if min(self.lengths) < 64:
+            raise ValueError(f"lengths holds {min(self.lengths)}: at least 64 tokens")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1")
+        for size in (*self.block_sizes, *self.anchor_sizes):
+            size_of(size, 1)
+        self.contenders()
+
+    def contenders(self) -> list[Contender]:
+        """All ways to attend, those of one method next to each other.
+
+        Raises:
+            ValueError: a word of `compare` that means nothing.
+        """
+        found = []
+        for word in self.compare:
+            candidate = Candidate.parse(word)
+            has_blocks = method_class(candidate.kind).has_blocks
+            blocks = self.block_sizes if has_blocks and self.block_sizes else (None,)
+            anchors = self.anchor_sizes if has_blocks and self.anchor_sizes else (None,)
+            found += [Contender(candidate, block, anchor) for block in blocks for anchor in anchors]
+        return found

@@ -1,0 +1,98 @@
+"""The samples of a sweep: RULER's, made here, or those of a file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_star.config.evaluate import EvaluateConfig
+from nemo_star.evaluation import ruler
+from nemo_star.evaluation.ruler.metrics import string_match_all, string_match_part
+
+TOKENS_OF_GIVEN = 128
+"""Generated for a given sample whose task is not known."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sample, and how its answer is taken."""
+
+    id: str
+    task: str
+    length: int
+    """Of the sweep; of a given sample the smallest one that is not below its own, or the largest."""
+    context: str
+    query: str
+    outputs: list[str]
+    max_tokens: int
+    best_of: bool = False
+    """One of the outputs is right, not all of them."""
+
+    def score(self, prediction: str) -> float:
+        """0 to 100, by RULER's metrics."""
+        metric = string_match_part if self.best_of else string_match_all
+        return metric([prediction], [self.outputs])
+
+
+def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+    """RULER's samples, task by task.
+
+    Raises:
+        ValueError: a task that is not known, files of it that are not there, a length that is too short.
+    """
+    known = ruler.tasks(star_paper=config.variant == "star_paper")
+    data = None if config.data is None else Path(config.data)
+    for name in config.tasks:
+        if name not in known:
+            raise ValueError(f"tasks: {name!r} is unknown; known: {', '.join(known)}")
+    for length in config.lengths:
+        for name in config.tasks:
+            task = known[name]
+            for sample in ruler.samples(
+                task, tokens=length, count=config.samples, seed=config.seed, count_tokens=count_tokens, data=data
+            ):
+                yield Asked(
+                    str(sample.id),
+                    name,
+                    length,
+                    sample.context,
+                    sample.query,
+                    list(sample.outputs),
+                    task.tokens_to_generate,
+                    task.metric == "part",
+                )
+
+
+def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+    """The samples of a file.
+
+    Raises:
+        ValueError: a line that is none, by its number.
+    """
+    known = ruler.tasks(star_paper=config.variant == "star_paper")
+    seen: Counter[tuple[str, str]] = Counter()
+    with Path(str(config.input)).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                fields = json.loads(line)
+                identity, task = str(fields["id"]), str(fields.get("task", "given"))
+                context, query, outputs = fields["context"], fields["query"], fields["outputs"]
+                if not (isinstance(context, str) and isinstance(query, str) and context and query):
+                    raise ValueError("context and query must be texts")
+                if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in outputs):
+                    raise ValueError("outputs must be a list of texts")
+            except KeyError as error:
+                raise ValueError(f"input={config.input}, line {number} has no field {error}") from None
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"input={config.input}, line {number}: {error}") from None
+            seen[task, identity] += 1
+            if seen[task, identity] > 1:
+                raise ValueError(f"input={config.input}, line {number}: id {identity!r} of task {task!r} comes twice")
+            tokens = count_tokens(context)
+            length = min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
+            max_tokens = known[task].tokens_to_generate if task in known else TOKENS_OF_GIVEN
+            best_of = task in known and known[task].metric == "part"
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of)

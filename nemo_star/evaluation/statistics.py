@@ -1,0 +1,45 @@
+"""Means and differences of scores, with what chance may have done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+"""Of a bootstrap."""
+_CHUNK = 1_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and the interval that holds it with 95% confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Of the mean, by the percentiles of resampled means (Efron's percentile bootstrap).
+
+    Differences are given sample by sample: what is hard for both methods then cancels out.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values to take the mean of")
+    data = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = [
+        data[rng.integers(0, len(data), size=(_CHUNK, len(data)))].mean(axis=1) for _ in range(RESAMPLES // _CHUNK)
+    ]
+    rest = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(means), (rest, 1 - rest))
+    return Interval(float(data.mean()), float(low), float(high))

@@ -1,0 +1,153 @@
+"""Parts of an evaluation: sizes, intervals, the journal, the report."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from nemo_star.config.evaluate import EvaluateConfig, size_of
+from nemo_star.evaluation.journal import SAMPLES_FILE, Journal
+from nemo_star.evaluation.report import ALL_TASKS, cells, comma_separated, markdown, write_report
+from nemo_star.evaluation.samples import given, made
+from nemo_star.evaluation.statistics import bootstrap
+from nemo_star.methods.config import AttentionConfig
+
+COMMON = {"checkpoint": "x", "output": "y"}
+
+
+def test_sizes_are_tokens_or_parts_of_the_length():
+    assert size_of(2048, 8192) == 2048
+    assert size_of("n/4", 8190) == 2048
+    for wrong in ("n/0", "n", "4/n", -1, "a quarter"):
+        with pytest.raises(ValueError, match="such as n/4"):
+            size_of(wrong, 8192)
+
+
+def test_a_sweep_has_every_size_of_what_has_blocks():
+    config = EvaluateConfig(**COMMON, compare=("dense", "star", "ring"), block_sizes=("n/4", 512), anchor_sizes=(0,))
+    contenders = config.contenders()
+    assert [each.name for each in contenders] == ["dense", "star n/4 anchor 0", "star 512 anchor 0", "ring"]
+    settings = contenders[1].settings(AttentionConfig(), 4096)
+    assert (settings.kind, settings.block_size, settings.anchor_size) == ("star", 1024, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"compare": ("sparse",)}, "sparse"),
+        ({"compare": ()}, "compare is empty"),
+        ({"tasks": ("vt", "vt")}, "tasks names something twice: vt, vt"),
+        ({"lengths": (10,)}, "at least 64"),
+        ({"samples": 0}, "samples=0"),
+        ({"block_sizes": ("half",)}, "not 'half'"),
+        ({"output": None}, "output=FOLDER"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(**{**COMMON, **values})
+
+
+def test_intervals_are_those_of_scipy():
+    values = np.random.default_rng(1).choice([0.0, 100.0], size=80, p=[0.2, 0.8])
+    found = bootstrap(list(values))
+    theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=2)
+    assert found.mean == values.mean()
+    assert found.low == pytest.approx(theirs.confidence_interval.low, abs=1.3)
+    assert found.high == pytest.approx(theirs.confidence_interval.high, abs=1.3)
+    assert bootstrap([5.0] * 4) == bootstrap([5.0])
+
+
+def words(text):
+    return len(text.split())
+
+
+def test_given_samples_that_are_none_are_refused_by_their_line(tmp_path):
+    good = {"id": 1, "task": "own", "context": "a b c", "query": "d", "outputs": ["e"]}
+    file = tmp_path / "given.jsonl"
+    config = EvaluateConfig(**COMMON, input=str(file), lengths=(64, 128))
+    file.write_text(json.dumps(good) + "\n")
+    (asked,) = given(config, words)
+    assert (asked.length, asked.max_tokens) == (64, 128)
+    assert (asked.score("it is E"), asked.score("f")) == (100, 0)
+    for wrong, message in (
+        ({**good, "outputs": "e"}, "line 2: outputs must be a list of texts"),
+        ({**good, "query": ""}, "line 2: context and query must be texts"),
+        ({"id": 2}, "line 2 has no field 'context'"),
+        (good, "line 2: id '1' of task 'own' comes twice"),
+        ([], "line 2"),
+    ):
+        file.write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            list(given(config, words))
+
+
+def test_tasks_are_made_by_name():
+    config = EvaluateConfig(**COMMON, tasks=("niah_single_1", "vt"), lengths=(1024,), samples=2)
+    found = list(made(config, words))
+    assert [(asked.task, asked.length) for asked in found] == [("niah_single_1", 1024)] * 2 + [("vt", 1024)] * 2
+    assert all(asked.score(" ".join(asked.outputs)) == 100 for asked in found)
+    with pytest.raises(ValueError, match="'niah' is unknown; known: niah_single_1"):
+        list(made(EvaluateConfig(**COMMON, tasks=("niah",)), words))
+
+
+def line(score, seconds):
+    return {"score": score, "prefill_seconds": seconds, "ranks": 2}
+
+
+def filled(journal):
+    for number in range(20):
+        for contender, score, seconds in (("dense", 100.0, 2.0), ("star", 100.0 * (number % 4 > 0), 1.0)):
+            for task in ("one", "two"):
+                journal.add((contender, task, 4096, str(number)), line(score, seconds))
+    return journal
+
+
+def test_differences_are_paired_and_times_compared(tmp_path):
+    journal = Journal(tmp_path / "out", {"seed": 1}, resume=False, overwrite=False)
+    journal.open()
+    filled(journal)
+    journal.add(("dense", "one", 4096, "unpaired"), line(0.0, 2.0))
+    found = {(cell.contender, cell.task): cell for cell in cells(journal.lines, ["dense", "star"])}
+    assert found["star", "one"].score.mean == 75
+    assert found["star", "one"].difference.mean == -25
+    assert found["star", "one"].difference.low < -25 < found["star", "one"].difference.high <= 0
+    assert found["star", ALL_TASKS].samples == 40
+    assert found["star", ALL_TASKS].speedup == 2
+    assert found["dense", "one"].difference is None
+    assert found["dense", "one"].samples == 21
+    text = markdown(found.values(), "dense", "About.")
+    assert "| one | star | 20 | 75.0 [" in text
+    assert len(comma_separated(found.values()).splitlines()) == 1 + len(found)
+    assert write_report(tmp_path / "out", journal.lines, ["dense", "star"], about="About.").startswith("# Accuracy")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "samples.jsonl",
+        "sweep.json",
+        "report.md",
+        "report.csv",
+        "frontier.png",
+    }
+
+
+def test_an_interrupted_journal_goes_on_and_another_sweep_s_does_not(tmp_path):
+    folder = tmp_path / "out"
+    journal = Journal(folder, {"seed": 1, "sizes": (1, 2)}, resume=True, overwrite=False)
+    journal.open()
+    filled(journal)
+    whole = (folder / SAMPLES_FILE).read_bytes()
+    (folder / SAMPLES_FILE).write_bytes(whole[: len(whole) // 2])  # within a line
+    with pytest.raises(ValueError, match="resume=true"):
+        Journal(folder, {"seed": 1, "sizes": (1, 2)}, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="other keys: seed"):
+        Journal(folder, {"seed": 2, "sizes": (1, 2)}, resume=True, overwrite=False)
+    again = Journal(folder, {"seed": 1, "sizes": (1, 2)}, resume=True, overwrite=False)
+    missing = [key for key in journal.lines if key not in again.lines]
+    assert 0 < len(missing) < len(journal.lines)
+    again.open()
+    for key in missing:
+        again.add(key, line(journal.lines[key]["score"], journal.lines[key]["prefill_seconds"]))
+    assert (folder / SAMPLES_FILE).read_bytes() == whole
+    assert again.lines == journal.lines
+    assert all(json.loads(text) for text in whole.decode().splitlines())

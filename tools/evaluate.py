@@ -1,0 +1,9 @@
+"""Accuracy of attention methods: `nemo-star evaluate` from a checkout."""
+
+import sys
+
+from nemo_star.commands.evaluate import main
+from nemo_star.runtime.launch import run_as_tool
+
+if __name__ == "__main__":
+    run_as_tool(lambda: main(sys.argv[1:]))
