@@ -61,7 +61,7 @@ class EvaluateConfig(LLMConfig):
     """Of methods that have blocks: each of these, in tokens or as a part of the length (n/4); none:
     attention.block_size."""
     anchor_sizes: tuple[int | str, ...] = ()
-    """Of star: each of these with each block size; none: attention.anchor_size."""
+    """Of star: each of these with each block size that is no smaller; none: attention.anchor_size."""
     tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
     """RULER's tasks."""
     lengths: tuple[int, ...] = (4096,)
@@ -115,5 +115,16 @@ class EvaluateConfig(LLMConfig):
             has_blocks = method_class(candidate.kind).has_blocks
             blocks = self.block_sizes if has_blocks and self.block_sizes else (None,)
             anchors = self.anchor_sizes if has_blocks and self.anchor_sizes else (None,)
-            found += [Contender(candidate, block, anchor) for block in blocks for anchor in anchors]
+            found += [
+                Contender(candidate, block, anchor)
+                for block in blocks
+                for anchor in anchors
+                if self._go_together(block, anchor)
+            ]
         return found
+
+    def _go_together(self, block: int | str | None, anchor: int | str | None) -> bool:
+        """An anchor is a part of the first block; those of a sweep that would be larger are left out."""
+        if block is None or anchor is None:
+            return True
+        return all(size_of(anchor, length) <= size_of(block, length) for length in self.lengths)

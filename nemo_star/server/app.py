@@ -82,7 +82,8 @@ def _add_small_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != service.model_name:
-            raise ApiError(404, f"the model {name[:200]!r} does not exist", code="model_not_found")
+            message = f"the model {name[:200]!r} does not exist; this service has {service.model_name!r}"
+            raise ApiError(404, message, code="model_not_found")
         return JSONResponse(_model(service))
 
 

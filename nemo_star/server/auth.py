@@ -19,8 +19,7 @@ class Keys:
     """The keys of a file, one a line; lines that are empty or begin with # are none.
 
     Raises:
-        ValueError: a file without keys, or with one that holds what no header can.
-        OSError: it cannot be read.
+        ValueError: a file that cannot be read, without keys, or with one that holds what no header can.
     """
 
     def __init__(self, file: str | None) -> None:
@@ -29,6 +28,8 @@ class Keys:
             return
         try:
             lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise ValueError(f"server.api_keys_file={file}: {error.strerror}") from error
         except UnicodeDecodeError:
             raise ValueError(f"server.api_keys_file={file} is no UTF-8 text") from None
         keys = [line for line in lines if line and not line.startswith("#")]

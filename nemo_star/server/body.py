@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 from starlette.concurrency import run_in_threadpool
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from nemo_star.config.serve import ServerConfig
 from nemo_star.server.errors import ApiError
+from nemo_star.server.schemas import NOT_IMPLEMENTED
 
 Model = TypeVar("Model", bound=BaseModel)
 MIB = 2**20
@@ -91,7 +92,7 @@ def _validated(content: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _problems(error) from None
+        raise problems(error) from None
 
 
 def _content_type(request: Request) -> str:
@@ -119,16 +120,29 @@ async def _read(request: Request, limits: ServerConfig) -> bytes:
     return bytes(content)
 
 
-def _problems(error: ValidationError) -> ApiError:
+def problems(error: ValidationError) -> ApiError:
     """Where the body is wrong, and what would be right; values are not repeated, they may be long."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     words = []
     for problem in found[:_MAX_PROBLEMS]:
-        place = ".".join(str(part)[:100] for part in problem["loc"])
-        what = "unknown field" if problem["type"] == "extra_forbidden" else problem["msg"]
-        words.append(f"{place}: {what}" if place else what)
+        words.append(_in_words(problem))
+    words = list(dict.fromkeys(words))
     if len(found) > _MAX_PROBLEMS:
         words.append(f"and {len(found) - _MAX_PROBLEMS} more")
     param = str(found[0]["loc"][0])[:100] if found[0]["loc"] else None
     text = "; ".join(words).encode("utf-8", "replace").decode()
     return ApiError(400, text, param=param)
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    place, field = (
+        ".".join(str(part)[:100] for part in problem["loc"]),
+        str(problem["loc"][0]) if problem["loc"] else "",
+    )
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown field"
+    if field in NOT_IMPLEMENTED:
+        return f"{field}: not implemented, other than with a value that changes nothing"
+    if field == "prompt":
+        return "prompt: give a text, a list of token ids, or a list of these"
+    return f"{place}: {problem['msg']}" if place else "the body must be a JSON object"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -85,13 +86,15 @@ class _Completion:
 
     async def chat(self, body: ChatRequest) -> Response:
         self._begin()
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            raise ApiError(400, "max_tokens and max_completion_tokens say different things", param="max_tokens")
         named = self._named()
         ids = None if named is None else named.ids
         prompt = await self._service.tokenized(self._owner, self._service.prompts.chat, body, ids)
         most = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         params = self._params([prompt], most, self._service.config.inference.tokens_to_generate, logprobs)
         reply = ChatReply(self._service.model_name, self._service.prompts.token_text)
         return await self._answered(_Asked([prompt], params, reply, named))
@@ -210,8 +213,8 @@ class _Completion:
         for number, text in enumerate(asked.echoed):
             choices[number].text = text + choices[number].text
         wants = asked.params.logprobs is not None
-        told = [(choice.text, choice.logprobs if wants else None, choice.reason) for choice in choices]
-        return asked.reply.whole(told, {**self._usage(asked, group), "timings": group.jobs[0].timings})
+        found = [(choice.text, choice.logprobs if wants else None, choice.reason) for choice in choices]
+        return asked.reply.whole(found, {**self._usage(asked, group), "timings": group.jobs[0].timings})
 
     async def _stream(self, asked: _Asked, group: Group) -> AsyncIterator[str]:
         body, reply, n = self._body, asked.reply, asked.params.n
@@ -219,9 +222,13 @@ class _Completion:
         for index in range(len(texts)):
             if (head := reply.head(index)) is not None:
                 yield sse(head)
-        async for item in all_events(group, patience=self._service.limits.keepalive_seconds):
-            if item is None:
+        patience, sent = self._service.limits.keepalive_seconds, time.monotonic()
+        async for item in all_events(group, patience=patience):
+            # Events that nothing is sent for are no signs of life.
+            if item is None or time.monotonic() - sent >= patience:
                 yield SIGN_OF_LIFE
+                sent = time.monotonic()
+            if item is None:
                 continue
             place, event = item
             if isinstance(event, Progress):

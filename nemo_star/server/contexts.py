@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from nemo_star.server.body import is_form, read_form, read_json
+from nemo_star.server.body import is_form, problems, read_form, read_json
 from nemo_star.server.errors import ApiError
 from nemo_star.server.events import Encoded, Progress
 from nemo_star.server.gate import log
@@ -80,6 +80,8 @@ class Contexts:
         form = dict(await read_form(request, limits))
         content = form.pop("file", None)
         try:
+            if content in (b"", ""):
+                raise ApiError(400, "the file is empty", param="file")
             if isinstance(content, bytes):
                 form["text"] = content.decode("utf-8-sig")
             elif content is not None:
@@ -92,8 +94,7 @@ class Contexts:
                 400, f"the file is no UTF-8 text: {error.reason} at byte {error.start}", param="file"
             ) from None
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            raise ApiError(400, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"[:500]) from None
+            raise problems(error) from None
         except ValueError:
             raise ApiError(400, "ttl_seconds must be a number", param="ttl_seconds") from None
 
@@ -155,7 +156,7 @@ class Contexts:
     def _found(self, owner: str, name: str) -> NamedContext:
         context = self._service.names.find(owner, name)
         if context is None:
-            raise ApiError(404, f"there is no context {name[:200]!r}", code="context_not_found")
+            raise ApiError(404, f"there is no context {name[:200]!r}", code="context_not_found", param="context")
         return context
 
     async def _encode(self, context: NamedContext, group: Group) -> None:

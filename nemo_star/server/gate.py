@@ -14,12 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nemo_star.server.auth import NOBODY
 from nemo_star.server.errors import ApiError
 from nemo_star.server.state import Service
 
 _LOG = logging.getLogger("nemo_star.server")
 _OPEN = ("/health", "/ready", "/", "/favicon.ico", "/openapi.json")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -74,7 +75,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._only_loopback = service.limits.host in _LOOPBACK
+        self._only_loopback = service.limits.host in LOOPBACK
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,11 +117,11 @@ class Gate:
         """The owner."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._only_loopback and (_split(f"//{host}").hostname or "") not in _LOOPBACK:
+        if self._only_loopback and (_split(f"//{host}").hostname or "") not in LOOPBACK:
             raise ApiError(403, "this service is for its own machine: call it by localhost or 127.0.0.1")
         if origin is not None and _split(origin).netloc != host:
             raise ApiError(403, "requests of other sites' pages are not taken")
         path = scope["path"]
         if path in _OPEN or path.startswith("/page/"):
-            return ""
+            return NOBODY
         return self._service.keys.owner(headers.get("authorization"))

@@ -110,7 +110,8 @@ class Job:
 
 
 class Jobs:
-    """All jobs of the service; lives on the HTTP server's event loop, but for `deliver` and `fail_all`.
+    """All jobs of the service; lives on the HTTP server's event loop. Other threads may call `open`, `close` and `len`,
+    and `deliver`, `fail_all` and `order`, which hand over to it or to the engine.
 
     Args:
         inbox: where orders go.
@@ -125,7 +126,6 @@ class Jobs:
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed: str | None = "the model is being loaded"
-        self._retry_seconds = _RETRY_SECONDS
 
     def bind(self) -> None:
         """The running event loop is the one that all this lives on."""
@@ -139,15 +139,10 @@ class Jobs:
         """No new jobs; those under way go on."""
         self._closed = reason
 
-    @property
-    def closed(self) -> str | None:
-        """Why there are no new jobs now; None: there are."""
-        return self._closed
-
     def check_open(self) -> None:
         """Raises ApiError (503) where the service is not ready, or not any more."""
         if self._closed is not None:
-            raise ApiError(503, f"not available: {self._closed}", retry=True, retry_after=self._retry_seconds)
+            raise ApiError(503, f"not available: {self._closed}", retry=True, retry_after=_RETRY_SECONDS)
 
     @property
     def waiting(self) -> int:
@@ -161,6 +156,9 @@ class Jobs:
         """Raises ApiError (429) where so many more would be too many, (503) where none are taken."""
         self.check_open()
         mine, limits = self._of_owner[owner], self._config
+        most = min(limits.max_waiting, limits.max_requests_per_key)
+        if count > most:
+            raise ApiError(400, f"{count} prompts in one request: this service takes {most}", param="prompt")
         full = None
         if self.waiting + count > limits.max_waiting:
             full = f"{self.waiting} requests are waiting, {limits.max_waiting} may (server.max_waiting)"
@@ -219,7 +217,7 @@ class Jobs:
         self._call(self._deliver, events)
 
     def fail_all(self, message: str) -> None:
-        """From the engine's thread: no job will ever end."""
+        """From another thread: no job will ever end."""
         self._call(self._fail_all, message)
 
     def order(self, order: Order) -> None:

@@ -37,7 +37,7 @@ class NamedContext:
     ttl_seconds: float | None
     used: float = field(default_factory=time.time)
     status: str = "queued"
-    """queued, encoding, ready, failed."""
+    """queued, encoding, ready, failed; stored: of an earlier process, read or encoded again when it is asked for."""
     progress: Progress | None = None
     encoded: Encoded | None = None
     error: str | None = None
@@ -154,7 +154,7 @@ class Names:
         """Those whose time is over, and that nobody encodes or uses now."""
         now = time.time()
         for context in list(self._contexts.values()):
-            is_idle = context.status in ("ready", "failed") and not context.uses
+            is_idle = context.status in ("ready", "failed", "stored") and not context.uses
             if is_idle and context.expires is not None and context.expires <= now:
                 yield context
 
@@ -194,6 +194,6 @@ class Names:
             ids = array("i", file.with_suffix(".ids").read_bytes())
             if len(ids) != values.pop("tokens"):
                 raise ValueError("its tokens are not all there")
-            self._put(NamedContext(ids=ids, status="ready", **values))
+            self._put(NamedContext(ids=ids, status="stored", **values))
         except (OSError, ValueError, TypeError, KeyError) as error:
             warn(f"the named context in {file} cannot be read and is left out: {error}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from nemo_star.server.errors import ApiError
 from nemo_star.server.schemas import ChatRequest
 from nemo_star.text.chat import split_messages
 from nemo_star.text.ids import check_ids, check_text, is_unicode
-from nemo_star.text.messages import QueryNotFoundError, read_messages, start_of_question
+from nemo_star.text.messages import BREAKPOINT, QueryNotFoundError, read_messages, start_of_question
 from nemo_star.text.tokenizer import Tokenizer
 
 PLAIN_TEMPLATE = (
@@ -33,7 +33,7 @@ class Prompt:
     """Ready to be ordered."""
 
     context_ids: array[int]
-    """None: attention is exact among the query's tokens."""
+    """May be empty: attention is exact among the query's tokens."""
     query_ids: list[int]
 
     @property
@@ -42,7 +42,7 @@ class Prompt:
 
 
 class Prompts:
-    """Makes prompts of requests; called by worker threads, one at a time.
+    """Makes prompts of requests, in worker threads, one at a time (`Service.tokenized` sees to that).
 
     Raises (all its methods):
         ApiError: 400, or 413 for what is too long; names what would be right.
@@ -53,13 +53,13 @@ class Prompts:
         self._limits = limits
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._lock = threading.Lock()
         if tokenizer is not None and not getattr(tokenizer.hf, "chat_template", None):
             tokenizer.hf.chat_template = PLAIN_TEMPLATE
+        self._before = [] if tokenizer is None else tokenizer.encode_query("a")
 
     def chat(self, request: ChatRequest, context_ids: array[int] | None) -> Prompt:
         """Messages in the chat template; after a named context where `context_ids` has its tokens."""
-        with self._lock, _refused("messages"):
+        with _refused("messages"):
             variables = {**(self._variables or {}), **(request.chat_template_kwargs or {})}
             check_template_kwargs(variables)
             if context_ids is not None:
@@ -77,7 +77,7 @@ class Prompts:
 
     def text(self, prompt: str, context_ids: array[int] | None) -> Prompt:
         """Plain text: its last paragraph is the query, unless it all comes after a context."""
-        with self._lock, _refused("prompt"):
+        with _refused("prompt"):
             check_text("prompt", prompt, self._tokenizer)
             assert self._tokenizer is not None
             if context_ids is not None:
@@ -100,7 +100,7 @@ class Prompts:
 
     def whole(self, prompt: str | list[int]) -> Prompt:
         """All of a short prompt as the query: its tokens can be scored."""
-        with self._lock, _refused("prompt"):
+        with _refused("prompt"):
             if isinstance(prompt, str):
                 check_text("prompt", prompt, self._tokenizer)
                 assert self._tokenizer is not None
@@ -115,7 +115,7 @@ class Prompts:
 
     def context(self, text: str | list[int]) -> array[int]:
         """Tokens of a named context; a text is the beginning of the chat template's first message."""
-        with self._lock, _refused("text" if isinstance(text, str) else "tokens"):
+        with _refused("text" if isinstance(text, str) else "tokens"):
             if not isinstance(text, str):
                 check_ids("context", text, self._vocab_size)
                 ids = text
@@ -123,25 +123,17 @@ class Prompts:
                 check_text("context", text, self._tokenizer)
                 assert self._tokenizer is not None
                 ids = self._tokenizer.encode_context(text, chat_template=True, template_kwargs=self._variables)
-            self.check_context(len(ids))
             return array("i", ids)
-
-    def check_context(self, tokens: int) -> None:
-        """Raises ApiError (413) for a context that is too long."""
-        most = self._limits.max_context_tokens
-        if most is not None and tokens > most:
-            raise ApiError(
-                413,
-                f"the context has {tokens} tokens, more than the {most} of server.max_context_tokens",
-                code="context_length_exceeded",
-            )
 
     def token_text(self, token: int) -> str:
         """Of one token, special ones written out."""
         if self._tokenizer is None:
             return str(token)
         special = self._tokenizer.special_tokens.get(token)
-        return self._tokenizer.decode([token]) if special is None else special
+        if special is not None:
+            return special
+        # After another token: by itself, one of SentencePiece loses the blank that it begins with.
+        return self._tokenizer.decode([*self._before, token]).removeprefix(self._tokenizer.decode(self._before))
 
     def text_of(self, ids: list[int]) -> str | None:
         """Of tokens, special ones left out."""
@@ -161,7 +153,6 @@ class Prompts:
                 "prompt_cache_breakpoint, or make the long text a context (POST /v1/contexts)",
                 code="query_length_exceeded",
             )
-        self.check_context(len(context))
         return Prompt(context if isinstance(context, array) else array("i", context), query)
 
     def _rendered(self, request: ChatRequest, variables: Mapping[str, Any]) -> list[int]:
@@ -178,6 +169,8 @@ class Prompts:
             raise ValueError("the checkpoint has no tokenizer: give token ids (/v1/completions) instead of messages")
         if request.continue_final_message:
             raise ValueError("continue_final_message does not go together with a named context")
+        if any(part.get(BREAKPOINT) for message in request.messages for part in _parts(message)):
+            raise ValueError(f"{BREAKPOINT} does not go together with a named context, which ends by itself")
         messages, _ = read_messages(request.messages, continue_final_message=False, needs_place=False)
         roles = [message["role"] for message in messages]
         if roles != [("user", "assistant")[number % 2] for number in range(len(roles))] or len(roles) % 2 == 0:
@@ -190,16 +183,16 @@ class Prompts:
         return self._tokenizer.encode_turns(turns, template_kwargs=variables)
 
 
-class _refused:
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+@contextmanager
+def _refused(param: str) -> Iterator[None]:
     """A ValueError within becomes an ApiError (400)."""
-
-    def __init__(self, param: str) -> None:
-        self._param = param
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            text = str(error)
-            raise ApiError(400, text if is_unicode(text) else repr(text), param=self._param) from error
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ApiError(400, text if is_unicode(text) else repr(text), param=param) from error

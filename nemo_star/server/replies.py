@@ -129,7 +129,9 @@ class TextReply(_Common):
             self._offsets[index] = offsets[-1] + len(tokens[-1])
             first = each.logprob != each.logprob  # nan: nothing is before the first token of a prompt
             # Of tokens that read alike, the likelier one counts.
-            likely = {self._token_text(token): logprob for token, logprob in reversed(each.top)}
+            likely: dict[str, float] = {}
+            for token, logprob in each.top:
+                likely.setdefault(self._token_text(token), logprob)
             tops.append(None if first else likely)
         values = [None if each.logprob != each.logprob else each.logprob for each in logprobs]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -20,7 +20,7 @@ from nemo_star.runtime.launch import EXIT_INTERRUPTED, leave, warn
 from nemo_star.runtime.memory import FreeMemory, free_memory
 from nemo_star.server.app import make_app
 from nemo_star.server.auth import Keys
-from nemo_star.server.gate import log, log_to_stderr
+from nemo_star.server.gate import LOOPBACK, log, log_to_stderr
 from nemo_star.server.http import HttpThread, listening_socket
 from nemo_star.server.jobs import Jobs
 from nemo_star.server.loop import EngineLoop, control_group
@@ -31,7 +31,6 @@ from nemo_star.server.orders import Stop
 from nemo_star.server.prompts import Prompts
 from nemo_star.server.state import Service
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LOOK_SECONDS = 0.05
 _TELL_SECONDS = 1.0
 """Clients have to hear of a failure before the process ends."""
@@ -106,7 +105,7 @@ class Front:
         self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._draining = threading.Event()
         log_to_stderr()
-        if server.host not in _LOOPBACK and not keys.are_asked_for:
+        if server.host not in LOOPBACK and not keys.are_asked_for:
             warn(f"server.host={server.host}: whoever reaches this address may ask; give server.api_keys_file=FILE")
         self._http.start()
 

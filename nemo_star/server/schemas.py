@@ -13,6 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nemo_star.config.sampling import MAX_SEED, MIN_TEMPERATURE
 
+NOT_IMPLEMENTED = frozenset(
+    "frequency_penalty presence_penalty logit_bias response_format modalities tools tool_choice suffix best_of".split()
+)
+"""Fields of OpenAI's that are taken only with the value that changes nothing."""
 MAX_SAMPLES = 32
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000

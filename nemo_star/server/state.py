@@ -133,12 +133,13 @@ class Service:
         Raises:
             ApiError: 413.
         """
-        self.prompts.check_context(tokens)
-        most = self.max_positions
-        if most is not None and self.limits.max_context_tokens is None and tokens >= most:
-            raise ApiError(
-                413, f"this model's maximum context length is {most} tokens; the context has {tokens}", code=TOO_LONG
-            )
+        allowed, trained = self.limits.max_context_tokens, self.max_positions
+        if allowed is not None and tokens > allowed:
+            message = f"the context has {tokens} tokens, more than the {allowed} of server.max_context_tokens"
+            raise ApiError(413, message, code=TOO_LONG)
+        if allowed is None and trained is not None and tokens >= trained:
+            message = f"this model's maximum context length is {trained} tokens; the context has {tokens}"
+            raise ApiError(413, message, code=TOO_LONG)
         if not tokens:
             return
         try:
@@ -153,9 +154,7 @@ class Service:
         if self.llm.tokenizer is None and params.stop:
             raise ApiError(400, "stop needs text, and the checkpoint has no tokenizer", param="stop")
 
-    def documented(self, *models: type[BaseModel]) -> dict[str, Any]:
+    def documented(self, model: type[BaseModel]) -> dict[str, Any]:
         """For a route's decorator: its body in the OpenAPI document, which FastAPI does not read itself."""
-        content: dict[str, Any] = {}
-        for model in models:
-            content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
         return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}

@@ -89,6 +89,8 @@ def _part_text(name: str, part: Any) -> str:
         raise ValueError(f'{name} has a part of type {kind!r}; the model reads text: {{"type": "text", "text": ...}}')
     if not isinstance(part.get("text"), str):
         raise ValueError(f"{name}: the text of a part must be a string, not {type(part.get('text')).__name__}")
+    if unknown := sorted(set(part) - {"type", "text", BREAKPOINT}):
+        raise ValueError(f"{name}: a part has the unknown field {unknown[0]!r}; known: type, text, {BREAKPOINT}")
     if not isinstance(part.get(BREAKPOINT, False), bool):
         raise ValueError(f"{name}: {BREAKPOINT}={part[BREAKPOINT]!r} must be true or false")
     return part["text"]

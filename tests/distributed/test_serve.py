@@ -139,6 +139,7 @@ def test_logprobs_are_those_of_transformers(client, tokenizer):
     for row in range(1, len(tokens)):
         assert found.token_logprobs[row] == pytest.approx(float(logprobs[row - 1, tokens[row]]), abs=5e-4)
         assert max(found.top_logprobs[row].values()) == pytest.approx(float(logprobs[row - 1].max()), abs=5e-4)
+    assert "".join(found.tokens[1 : len(prompt)]).strip() == HELLO
     alone = client.completions.create(**{**asked, "max_tokens": 0}).choices[0]
     assert alone.text == HELLO
     assert alone.logprobs.token_logprobs == found.token_logprobs[: len(prompt)]
@@ -235,6 +236,12 @@ def test_progress_and_signs_of_life(server):
     assert progress[-1]["processed"] == progress[-1]["total"]
     assert progress[0]["seconds_left"] > 0
     assert lines[-1] == "data: [DONE]"
+    # Also where progress is not asked for: nothing else is sent, though things happen.
+    other = make_document(random.Random("no progress"), filler_sentences=200, needles=1)
+    asked |= {"messages": messages(other, next(iter(other.needles))), "return_progress": False}
+    with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=asked, timeout=60) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert [line for line in lines[1:4] if line.startswith(":")]
 
 
 def test_a_client_that_gives_up_and_tries_again_pays_once(server, client):

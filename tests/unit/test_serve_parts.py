@@ -63,7 +63,7 @@ def test_names_are_an_owners_own_and_found_again(tmp_path):
     assert names.find("you", mine.id) is None
     assert [each.id for each in Names(tmp_path).of("me")] == [mine.id]
     found = Names(tmp_path).find("you", "notes")
-    assert (found.id, found.ids, found.ttl_seconds, found.status) == (theirs.id, IDS, None, "ready")
+    assert (found.id, found.ids, found.ttl_seconds, found.status) == (theirs.id, IDS, None, "stored")
     same = names.add("me", None, IDS, None)
     assert not names.remove(mine)  # another one has the same text
     assert names.remove(same)
