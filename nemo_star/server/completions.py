@@ -254,7 +254,9 @@ class _Completion:
         return {"usage": usage(asked.prompts, generated, group.cached_tokens)}
 
     def _noted(self, asked: _Asked, group: Group, texts: list[str]) -> None:
-        """For the log."""
+        """For the log, and for the state of a context of an earlier process."""
+        if asked.context is not None and asked.context.status == "stored":
+            asked.context.status = "ready"
         self._note |= {"cached_tokens": group.cached_tokens, "completion_tokens": group.generated_tokens}
         self._note |= group.jobs[0].timings
         if self._service.limits.log_text:

@@ -41,7 +41,7 @@ def context(server, name):
     def found():
         return httpx.get(f"{server.address}{CONTEXTS}/{name}").json()
 
-    wait_until(lambda: found()["status"] in ("ready", "failed"), "the context")
+    wait_until(lambda: found()["status"] in ("ready", "failed", "stored"), "the context")
     return found()
 
 
