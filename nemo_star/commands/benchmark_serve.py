@@ -13,10 +13,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_star.benchmarking.service import Client, beside_a_prefill, many_contexts, side_by_side
 from nemo_star.commands.arguments import parser
 from nemo_star.runtime.files import check_target, write_whole
-from nemo_star.runtime.machine import machine
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -41,6 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     check_target("--output", given.output, replace=False, ways="delete it")
     if not (given.streams or given.beside or given.requests):
         raise ValueError("nothing to measure: give --streams, --beside or --requests")
+    # Only now: what says which machine this is imports torch.
+    from nemo_star.benchmarking.service import Client, beside_a_prefill, many_contexts, side_by_side
+    from nemo_star.runtime.machine import machine
+
     client = Client(given.url, given.api_key or os.environ.get("NEMO_STAR_API_KEY"))
     found: dict[str, object] = {**machine()}
     wrong = 0

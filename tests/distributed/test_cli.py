@@ -15,9 +15,11 @@ from nemo_star.__main__ import COMMANDS
 from nemo_star.__main__ import main as nemo_star
 from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.config.compose import CONF, RECIPES, compose, quote, quote_literal
+from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.config.help import describe_keys
 from nemo_star.config.plan import PlanConfig
+from nemo_star.config.serve import ServeConfig
 from nemo_star.runtime import locations
 from nemo_star.runtime.program import started_as
 
@@ -54,12 +56,21 @@ def test_only_literal_keys_are_quoted():
 
 
 def test_recipes_compose():
-    for recipe in sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "benchmark.yaml", RECIPES / "plan.yaml"}):
+    others = {RECIPES / f"{name}.yaml" for name in ("benchmark", "plan", "serve", "serve_demo", "evaluate")}
+    for recipe in sorted(set(RECIPES.glob("*.yaml")) - others):
         arguments = ["--config-name", recipe.stem, "checkpoint=somewhere"]
         if not recipe.stem.startswith("demo"):  # those bring their question
             arguments += ["context=a", "query=b"]
         config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL)
         assert config.checkpoint == "somewhere"
+
+
+def test_the_recipes_of_the_service_and_of_an_evaluation_compose():
+    for recipe in ("serve", "serve_demo"):
+        config = compose(ServeConfig, ["--config-name", recipe, "checkpoint=somewhere"], tool="serve")
+        assert (config.checkpoint, config.server.host) == ("somewhere", "127.0.0.1")
+    config = compose(EvaluateConfig, ["checkpoint=c", "output=o", "block_sizes=[n/4,512]"], tool="evaluate")
+    assert config.block_sizes == ("n/4", 512)
 
 
 def test_the_benchmark_recipe_composes():
@@ -161,7 +172,7 @@ def test_the_commands_are_listed_and_unknown_ones_refused(capsys):
             line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "
         ]
         assert listed == list(COMMANDS)
-    with pytest.raises(ValueError, match="unknown command 'generat'; known: generate, chat, convert"):
+    with pytest.raises(ValueError, match="unknown command 'generat'; known: generate, chat, serve, convert"):
         nemo_star(["generat"])
 
 

@@ -12,10 +12,10 @@ from nemo_star.evaluation.needles import make_document, question
 SWEEP = (
     "compare=[dense,ring,star]",
     "block_sizes=[n/2,256]",
-    "anchor_sizes=[0,256]",
+    "anchor_sizes=[0]",
     "tasks=[niah_single_1,vt]",
     "lengths=[1024,1536]",
-    "samples=4",
+    "samples=3",
 )
 
 
@@ -34,8 +34,8 @@ def swept(demo, tmp_path_factory):
 def test_every_method_answers_every_sample(swept):
     folder, printed = swept
     lines = read_jsonl(folder / "samples.jsonl")
-    names = ["dense", "ring", *(f"star {block} anchor {anchor}" for block in ("n/2", "256") for anchor in ("0", "256"))]
-    assert len(lines) == len(names) * 2 * 2 * 4
+    names = ["dense", "ring", *(f"star {block} anchor {anchor}" for block in ("n/2", "256") for anchor in ("0",))]
+    assert len(lines) == len(names) * 2 * 2 * 3
     assert list(dict.fromkeys(line["contender"] for line in lines)) == names
     for line in lines:
         assert 0 <= line["score"] <= 100
@@ -53,6 +53,10 @@ def test_ring_and_one_block_are_dense_sample_by_sample(swept):
         by_name.setdefault(line["contender"], {})[line["task"], line["length"], line["id"]] = line["prediction"]
     assert by_name["ring"] == by_name["dense"]
     assert by_name["star 256 anchor 0"] != by_name["dense"]
+
+
+def predictions(lines):
+    return {(line["contender"], line["task"], line["length"], line["id"]): line["prediction"] for line in lines}
 
 
 def scores(folder):
@@ -73,8 +77,8 @@ def test_an_interrupted_sweep_goes_on_to_the_same_report(demo, swept, tmp_path):
     again, before = read_jsonl(folder / "samples.jsonl"), read_jsonl(whole)
     kept = content[: len(content) * 2 // 3].count(b"\n")
     assert again[:kept] == before[:kept]
-    for one, other in zip(again, before, strict=True):
-        assert one["prediction"] == other["prediction"]
+    # Replicas divide what is left otherwise, so lines come in another order.
+    assert predictions(again) == predictions(before)
 
 
 def test_given_samples_are_scored(demo, tmp_path):

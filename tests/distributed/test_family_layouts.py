@@ -30,9 +30,9 @@ BLOCK_SIZES = (9, 16, 25)
 
 
 def pairs():
-    """Each family in each direction; those that are not slow are one of each, or two, in turn."""
+    """Each family in each direction; those that are not slow are one of each in turn."""
     for number, case in enumerate(CASES):
-        for runs, few in ((RUNS, (0,)), (EXPERT_RUNS, (0, 2))):
+        for runs, few in ((RUNS, (0,)), (EXPERT_RUNS, (0,))):
             if runs is RUNS or case in MIXTURES:
                 quick = {(number + ahead) % len(runs) for ahead in few}
                 for place, run in enumerate(runs):

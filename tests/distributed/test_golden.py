@@ -29,7 +29,8 @@ def plan(processes, everything):
         own = [case for case in STAR if layout == (1, case["world_size"], 1)]
         for anchor in ("shared", "recompute"):
             few = [case for case in STAR if case["id"] in FEW and case not in own] if anchor == "shared" else []
-            cases = STAR if everything or layout == (1, 1, 1) else own + few
+            all_cases = everything or (layout == (1, 1, 1) and anchor == "shared")
+            cases = STAR if all_cases else own + few
             runs += [(name(case, layout, anchor), settings(case, layout, anchor=anchor), case) for case in cases]
         if cp > 1:
             cases = [case for case in STAR if everything or case["id"] in FEW]

@@ -22,7 +22,7 @@ CASES = {
 }
 """Name -> (model, the group `attention`, where the parts end that the context is encoded in). A model is one of
 `family_models.CASES`, or `windowed`: a family whose layers have windows is one more line."""
-SLOW = ("star recomputed", "ring, appended", "windowed", "windowed ring, appended")
+SLOW = ("star", "star recomputed", "ring, appended", "windowed", "windowed ring, appended")
 SAVED_AT = {"cp": (1, 2, 1), "tp x pp": (2, 1, 2), "dp": (1, 2, 1)}
 LOADED_AT = {1: [(1, 1, 1)], 3: [(1, 3, 1)], 4: [(1, 4, 1), (2, 1, 2), (1, 2, 2)]}
 IDS, MORE = tokens(101, 5), tokens(30, 6)

@@ -87,7 +87,8 @@ def check_told(futures):
         assert told is None or is_error_body(told[-1]), told[-1:]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_after_a_death_all_end_and_the_next_service_finds_the_contexts(demo, tmp_path, victim):
     kept = settings(f"cache.folder={tmp_path / 'kept'}")
     with service(demo, *kept, processes=2) as server:
