@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from nemo_star.checkpoint.description import read_description
-from nemo_star.checkpoint.direct import locate_checkpoint
+from nemo_star.commands.importing import heavy_imports
 from nemo_star.config.compose import compose
 from nemo_star.config.generate import GenerateConfig
-from nemo_star.runtime.importing import no_garbage_collection
-from nemo_star.runtime.transformer_engine import prepare_imports
 
 LITERAL_KEYS = (
     "checkpoint",
@@ -32,13 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     config = compose(GenerateConfig, arguments, tool="generate", literal_keys=LITERAL_KEYS)
     if config is None:
         return 0
-    # A wrong path is found before torch and Megatron are imported, which takes seconds.
-    place = locate_checkpoint(Path(str(config.checkpoint)), config.cache_dir)
-    if not place.is_missing:
-        read_description(place.converted)
-    with no_garbage_collection():
-        prepare_imports()
-        # Only now: importing Megatron takes seconds.
+    with heavy_imports(config):
         if config.interactive:
             from nemo_star.offline.chat import run
         else:
