@@ -24,6 +24,7 @@ class ContextsInUse:
 
     def __init__(self, engine: Engine, store: ContextStore) -> None:
         self.store = store
+        self._engine = engine
         self._nothing = engine.empty_context()
         self._works: dict[tuple[str, bytes], ContextWork] = {}
         self._users: dict[tuple[str, bytes], int] = {}
@@ -60,6 +61,16 @@ class ContextsInUse:
     def open(self, work: ContextWork) -> Encoding | EncodedContext | None:
         """For the scheduler: as `ContextStore.open`."""
         return self.store.open(work.ids, owner=work.owner)
+
+    def open_even_alone(self, work: ContextWork, in_use: list[ContextWork]) -> Encoding | EncodedContext | None:
+        """The same, where a context that is larger than the store's share may have all of the memory: it is encoded
+        when nothing else is `in_use`, and not kept."""
+        try:
+            opened = self.open(work)
+        except ValueError:
+            opened = None
+        others = any(other is not work for other in in_use)
+        return opened if opened is not None or others else self._engine.begin(work.ids)
 
     def let_go(self, work: ContextWork) -> None:
         """One user is done with it; after the last one it may leave the memory."""

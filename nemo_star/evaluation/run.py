@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from nemo_star.config.evaluate import Contender, EvaluateConfig
 from nemo_star.config.sampling import SamplingParams
-from nemo_star.contexts.in_use import ContextsInUse
-from nemo_star.engine.scheduler import Question
+from nemo_star.contexts.in_use import ContextsInUse, context_key
+from nemo_star.engine.scheduler import Question, Scheduler
 from nemo_star.evaluation.journal import Journal, Key
 from nemo_star.evaluation.report import write_report
 from nemo_star.evaluation.samples import Asked, given, made
@@ -130,16 +130,19 @@ class _Sweep:
         """What this replica answers; on its first rank, with the lines."""
         store = llm.context_store()
         contexts = ContextsInUse(llm.engine, store)
-        scheduler = llm.scheduler(
+        scheduler: Scheduler = llm.scheduler(
             steps_per_block=self._config.inference.steps_per_block,
             max_own_tokens=llm.max_own_tokens(store),
-            open_context=contexts.open,
+            open_context=lambda work: contexts.open_even_alone(work, scheduler.works_in_use),
         )
         asked: dict[int, Asked] = {}
         for sample in samples:
             context, query = llm.ids_on_replica([("context", sample.context), ("query", sample.query)])
             params = SamplingParams(max_tokens=sample.max_tokens, stop=self._config.inference.end_strings)
-            question = llm.question(contexts.work(array("i", context)), query, params)
+            ids = array("i", context)
+            # Each text is its own owner: none starts from another's first blocks, so prefill is timed as a whole.
+            key = context_key(ids)
+            question = llm.question(contexts.work(ids, owner=key.hex(), key=key), query, params)
             asked[id(question)] = sample
             scheduler.add(question)
         lines = []

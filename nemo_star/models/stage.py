@@ -24,6 +24,7 @@ from nemo_star.models.sequence_parallel import SequenceParallel
 from nemo_star.parallel.groups import all_gather
 
 _FEW_ROWS = 8
+"""For which a product with the weight on the left is faster on CPU."""
 
 
 class Stage:
@@ -177,20 +178,13 @@ class Stage:
     def _head(self, hidden: Tensor) -> Tensor:
         """hidden [rows, b, h] -> logits [rows, vocab] float32; those of all tokens of a 128K block would be 34 GB."""
         tied = self.model.share_embeddings_and_output_weights
-        weight = self.model.shared_embedding_or_output_weight() if tied else None
+        weight = self.model.shared_embedding_or_output_weight() if tied else self.model.output_layer.weight
         if self.decode_group is not None:
-            return self._divided_head(hidden, self.model.output_layer.weight if weight is None else weight)
-        logits = self._product(hidden, weight).float()  # [rows, vocab / tp]
+            return self._divided_head(hidden, weight)
+        logits = _product(hidden, weight).float()  # [rows, vocab / tp]
         if self.model.tp_group.size() > 1:
             logits = all_gather(logits, self.model.tp_group).transpose(0, 1).flatten(1)
         return logits[:, : self.vocab_size].contiguous()
-
-    def _product(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
-        """hidden [rows, b, h] times the head's weight [vocab / tp, h] (None: the output layer's own)."""
-        if self.device.type == "cpu" and 1 < hidden.shape[0] <= _FEW_ROWS:
-            # MKL packs the weight anew for each product of more than one row, unless the rows are the right operand.
-            return torch.mm(self.model.output_layer.weight if weight is None else weight, hidden.flatten(1).t()).t()
-        return self.model.output_layer(hidden, weight=weight)[0].flatten(1)
 
     def _divided_head(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The same from weight [vocab / tp, h]: each cp rank the next ceil(1 / cp) of its rows, the last ones fewer."""
@@ -202,7 +196,7 @@ class Stage:
         start = min(self.decode_group.rank() // tp_size * share, size)
         logits = hidden.new_zeros(rows, share, dtype=torch.float32)
         mine = weight[start : start + share]
-        logits[:, : mine.shape[0]] = F.linear(hidden, mine).flatten(1)
+        logits[:, : mine.shape[0]] = _product(hidden, mine)
         gathered = all_gather(logits, self.decode_group).view(cp_size, tp_size, rows, share)
         by_tp = gathered.permute(2, 1, 0, 3).reshape(rows, tp_size, -1)[:, :, :size]
         return by_tp.flatten(1)[:, : self.vocab_size].contiguous()
@@ -223,3 +217,11 @@ class Stage:
         work = dist.isend(hidden, group=self.group, group_dst=self.group.rank() + 1)
         assert work is not None
         self._sending = work, hidden
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [rows, b, h] times a part of the head's weight [part of vocab, h] -> [rows, part of vocab]."""
+    if hidden.device.type == "cpu" and 1 < hidden.shape[0] <= _FEW_ROWS:
+        # MKL packs the weight anew for each product of more than one row, unless the rows are the right operand.
+        return torch.mm(weight, hidden.flatten(1).t()).t()
+    return F.linear(hidden, weight).flatten(1)

@@ -13,9 +13,7 @@ import torch.distributed as dist
 
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.contexts.in_use import ContextsInUse
-from nemo_star.engine.context import EncodedContext
-from nemo_star.engine.encoding import Encoding
-from nemo_star.engine.scheduler import ContextWork, Question
+from nemo_star.engine.scheduler import Question, Scheduler
 from nemo_star.llm.front import LLM
 from nemo_star.models.dump import LayerDump
 from nemo_star.offline.console import Console
@@ -74,11 +72,11 @@ class Generation:
         inference = self.config.inference
         store = llm.context_store()
         self._contexts = ContextsInUse(llm.engine, store)
-        self._scheduler = llm.scheduler(
+        self._scheduler: Scheduler = llm.scheduler(
             max_batch_size=1 if self.config.debug.dump else inference.max_batch_size,
             max_own_tokens=llm.max_own_tokens(store),
             steps_per_block=inference.steps_per_block,
-            open_context=self._open_context,
+            open_context=lambda work: self._contexts.open_even_alone(work, self._scheduler.works_in_use),
         )
         self._answer_all()
         peaks = gather_objects(peak_memory_bytes(llm.device))
@@ -177,16 +175,6 @@ class Generation:
                 llm.method, len(item.context_ids), cp_size=llm.groups.cp.size(), computes=llm.engine.describe()
             )
         return item
-
-    def _open_context(self, work: ContextWork) -> Encoding | EncodedContext | None:
-        """A context whose turn it is, where there is room for it; alone it has all of the memory, and is not kept if it
-        is larger than the store's share."""
-        try:
-            opened = self._contexts.open(work)
-        except ValueError:
-            opened = None
-        in_use = any(other is not work for other in self._scheduler.works_in_use)
-        return opened if opened is not None or in_use else self.llm.engine.begin(work.ids)
 
     def _give(self, answered: Sequence[tuple[Question, Request]]) -> None:
         """On the replica's first rank: hand answers to rank 0, which writes what it can."""

@@ -58,21 +58,10 @@ async def read_form(request: Request, limits: ServerConfig) -> Mapping[str, Any]
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         raise ApiError(400, f"the form cannot be read: {error}") from None
-    async with form_closed(form):
+    try:
         return {name: value if isinstance(value, str) else await value.read() for name, value in form.multi_items()}
-
-
-class form_closed:
-    """Closes a form's temporary files."""
-
-    def __init__(self, form: Any) -> None:
-        self._form = form
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._form.close()
+    finally:
+        await form.close()  # its temporary files
 
 
 def is_form(request: Request) -> bool:

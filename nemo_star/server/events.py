@@ -34,7 +34,7 @@ class Encoded:
 
     tokens: int
     found_tokens: int
-    """Of it, known before: nobody paid for them now."""
+    """Of it, not encoded for this job: known before, or on their way for another one."""
     queue_seconds: float
     prefill_seconds: float
     """From when its turn came until it was there; 0 for one that was."""

@@ -41,7 +41,7 @@ class _Job:
     order: Ask | Encode
     question: Question
     joins: bool
-    """Whether another job asked for the same context before."""
+    """Whether another job that is under way asked for the same context before."""
     asked: float = field(default_factory=time.perf_counter)
     is_there: bool = False
     """Its context, and its listener knows."""
@@ -180,7 +180,7 @@ class EngineLoop:
             if work.encoding is not None and work.encoding.steps_left != job.steps_left:
                 self._count_blocks(work.encoding)
                 self._say_progress(number, job)
-            if work.context is not None and isinstance(job.order, Ask):  # the other ones' end comes with it
+            if work.context is not None and isinstance(job.order, Ask):  # an Encode hears of it with its end
                 self._say_there(number, job)
         self._desk.metrics.engine(
             EngineState(

@@ -14,7 +14,7 @@ from nemo_star.server.errors import ApiError
 from nemo_star.server.schemas import ChatRequest
 from nemo_star.text.chat import split_messages
 from nemo_star.text.ids import check_ids, check_text, is_unicode
-from nemo_star.text.messages import BREAKPOINT, QueryNotFoundError, read_messages, start_of_question
+from nemo_star.text.messages import BREAKPOINT, QueryNotFoundError, read_contents, start_of_question
 from nemo_star.text.tokenizer import Tokenizer
 
 PLAIN_TEMPLATE = (
@@ -158,7 +158,7 @@ class Prompts:
     def _rendered(self, request: ChatRequest, variables: Mapping[str, Any]) -> list[int]:
         assert self._tokenizer is not None
         goes_on = request.continue_final_message
-        messages, _ = read_messages(request.messages, continue_final_message=goes_on, needs_place=False)
+        messages = read_contents(request.messages, continue_final_message=goes_on)
         end = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
         text = self._tokenizer.render(messages, **end, **variables)
         return [i for part in self._tokenizer.encode_cut(text, 0) for i in part]
@@ -171,7 +171,7 @@ class Prompts:
             raise ValueError("continue_final_message does not go together with a named context")
         if any(part.get(BREAKPOINT) for message in request.messages for part in _parts(message)):
             raise ValueError(f"{BREAKPOINT} does not go together with a named context, which ends by itself")
-        messages, _ = read_messages(request.messages, continue_final_message=False, needs_place=False)
+        messages = read_contents(request.messages)
         roles = [message["role"] for message in messages]
         if roles != [("user", "assistant")[number % 2] for number in range(len(roles))] or len(roles) % 2 == 0:
             raise ValueError(

@@ -26,9 +26,7 @@ class Place:
     after: bool = False
 
 
-def read_messages(
-    messages: Any, *, continue_final_message: bool, needs_place: bool = True
-) -> tuple[list[dict[str, Any]], Place]:
+def read_messages(messages: Any, *, continue_final_message: bool) -> tuple[list[dict[str, Any]], Place]:
     """Messages whose contents are texts (None beside tool calls), and where the context ends.
 
     Args:
@@ -36,21 +34,11 @@ def read_messages(
             {"type": "text", "text"}, which are joined as they are. After a part with "prompt_cache_breakpoint": true
             the context ends; of several, after the last one. Further fields are left to the chat template.
         continue_final_message: the last message is the beginning of the answer.
-        needs_place: false where it does not matter where the context ends: that is before everything, then.
 
     Raises:
         ValueError: what is wrong with which message, and what would be right.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('messages must be a list of at least one {"role", "content"}')
-    chat, marked = [], None
-    for number, message in enumerate(messages):
-        text, ends = _read_message(f"messages[{number}]", message)
-        marked = (number, ends) if ends is not None else marked
-        chat.append({**message, "content": text if message.get("content") is not None else None})
-    _check_last(chat[-1]["role"], continue_final_message)
-    if not needs_place:
-        return chat, Place(0, None)
+    chat, marked = _read_all(messages, continue_final_message)
     asked = [number for number, message in enumerate(chat) if message["role"] == "user"]
     if not asked:
         raise ValueError("messages hold none of the user: the last one of the user is the query")
@@ -59,6 +47,25 @@ def read_messages(
     if not chat[asked[-1]]["content"].strip():
         raise ValueError(f"messages[{asked[-1]}], the last one of the user, is empty: it is the query")
     return chat, _place_by_rule(chat, asked)
+
+
+def read_contents(messages: Any, *, continue_final_message: bool = False) -> list[dict[str, Any]]:
+    """The same messages where all of them are the query: it does not matter where a context would end."""
+    return _read_all(messages, continue_final_message)[0]
+
+
+def _read_all(messages: Any, continue_final_message: bool) -> tuple[list[dict[str, Any]], tuple[int, int] | None]:
+    """Messages with texts, and (message, character) of the last breakpoint."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('messages must be a list of at least one {"role", "content"}')
+    chat: list[dict[str, Any]] = []
+    marked = None
+    for number, message in enumerate(messages):
+        text, ends = _read_message(f"messages[{number}]", message)
+        marked = (number, ends) if ends is not None else marked
+        chat.append({**message, "content": text if message.get("content") is not None else None})
+    _check_last(chat[-1]["role"], continue_final_message)
+    return chat, marked
 
 
 def _read_message(name: str, message: Any) -> tuple[str, int | None]:

@@ -196,3 +196,47 @@ def test_contexts_of_others_are_not_found(engine):
     desk.ask(SHORT, owner="you")
     desk.run()
     assert len(desk.encoded) == 4
+
+
+def most_live(desk):
+    most = 0
+    while not desk.scheduler.is_idle:
+        for question in desk.scheduler.step():
+            desk.contexts.let_go(question.work)
+        most = max(most, desk.scheduler.live)
+    return most
+
+
+def test_answers_wait_until_there_is_memory_for_their_own_tokens(engine):
+    for own_tokens, together in ((None, 4), (3 * 5, 3), (5, 1), (1, 1)):  # each has a query of 2, and 3 tokens to come
+        desk = Desk(engine, max_own_tokens=own_tokens)
+        questions = [desk.ask(SHORT) for _ in range(4)]
+        assert most_live(desk) == together
+        assert all(len(question.tokens[0]) == 3 for question in questions)
+
+
+def test_long_queries_run_one_after_another(engine, monkeypatch):
+    monkeypatch.setattr("nemo_star.engine.scheduler.MAX_STEP_TOKENS", 5)
+    rows = []
+    decode = engine.decode
+    monkeypatch.setattr(
+        engine,
+        "decode",
+        lambda batch, **options: rows.append(sum(len(run) for _, run in batch)) or decode(batch, **options),
+    )
+    desk = Desk(engine)
+    questions = [desk.ask(SHORT) for _ in range(4)]
+    desk.run()
+    assert all(len(question.tokens[0]) == 3 for question in questions)
+    assert max(rows) <= 5
+
+
+def test_a_context_larger_than_the_store_s_share_runs_alone(engine):
+    size = Desk(engine).store._whole(engine.method.pinned(len(SHORT)), len(SHORT))
+    desk = Desk(engine, budget=size)
+    scheduler = desk.scheduler
+    scheduler._open_context = lambda work: desk.contexts.open_even_alone(work, scheduler.works_in_use)
+    short, long, other = desk.ask(SHORT), desk.ask(LONG), desk.ask(SHORT[:-1])
+    assert set(desk.run()) == {short, long, other}
+    assert all(question.work.error is None for question in (short, long, other))
+    assert desk.store.used_bytes <= size
