@@ -224,30 +224,32 @@ class _Completion:
                 yield sse(head)
         patience, sent = self._service.limits.keepalive_seconds, time.monotonic()
         async for item in all_events(group, patience=patience):
+            pieces = [] if item is None else self._pieces(reply, texts, item[0] * n, item[1])
             # Events that nothing is sent for are no signs of life.
-            if item is None or time.monotonic() - sent >= patience:
-                yield SIGN_OF_LIFE
+            if not pieces and (item is None or time.monotonic() - sent >= patience):
+                pieces = [SIGN_OF_LIFE]
+            for piece in pieces:
+                yield piece
                 sent = time.monotonic()
-            if item is None:
-                continue
-            place, event = item
-            if isinstance(event, Progress):
-                if body.return_progress:
-                    yield sse(reply.bare(prompt_progress=_progress(event)))
-            elif isinstance(event, Token):
-                texts[place * n + event.sample] += event.text
-                logprobs = None if event.logprobs is None else [event.logprobs]
-                if event.text or logprobs:
-                    yield sse(reply.chunk(place * n + event.sample, event.text, logprobs, None))
-            elif isinstance(event, SampleEnded):
-                texts[place * n + event.sample] += event.text
-                if event.text:
-                    yield sse(reply.chunk(place * n + event.sample, event.text, None, None))
-                yield sse(reply.chunk(place * n + event.sample, "", None, event.finish_reason))
         self._noted(asked, group, texts)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield sse(reply.bare(**self._usage(asked, group), timings=group.jobs[0].timings))
         yield END
+
+    def _pieces(self, reply: Reply, texts: list[str], first: int, event: Event) -> list[str]:
+        """What is sent of an event of the job whose choices begin at `first`; their `texts` grow."""
+        if isinstance(event, Progress):
+            return [sse(reply.bare(prompt_progress=_progress(event)))] if self._body.return_progress else []
+        if not isinstance(event, Token | SampleEnded):
+            return []
+        index, chunks = first + event.sample, []
+        texts[index] += event.text
+        logprobs = [event.logprobs] if isinstance(event, Token) and event.logprobs is not None else None
+        if event.text or logprobs:
+            chunks.append(reply.chunk(index, event.text, logprobs, None))
+        if isinstance(event, SampleEnded):
+            chunks.append(reply.chunk(index, "", None, event.finish_reason))
+        return [sse(chunk) for chunk in chunks]
 
     def _usage(self, asked: _Asked, group: Group) -> dict[str, Any]:
         generated = 0 if asked.prompt_alone else group.generated_tokens

@@ -33,6 +33,14 @@ def test_a_sweep_has_every_size_of_what_has_blocks():
     assert (settings.kind, settings.block_size, settings.anchor_size) == ("star", 1024, 0)
 
 
+def test_an_anchor_is_no_larger_than_its_block_at_any_length():
+    sizes = {"block_sizes": ("n/4", 512), "anchor_sizes": ("n/8", 512)}
+    names = [
+        each.name for each in EvaluateConfig(**COMMON, compare=("star",), lengths=(2048, 8192), **sizes).contenders()
+    ]
+    assert names == ["star n/4 anchor n/8", "star n/4 anchor 512", "star 512 anchor 512"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -10,19 +10,23 @@ from starlette.requests import Request
 
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.config.serve import ServerConfig
+from nemo_star.server import completions
 from nemo_star.server.answer import StreamedAnswer
 from nemo_star.server.auth import Keys
 from nemo_star.server.body import read_json
 from nemo_star.server.contexts import Contexts
 from nemo_star.server.errors import ApiError
-from nemo_star.server.events import Answered, Encoded, Failed, Token
+from nemo_star.server.events import Answered, Encoded, Failed, Progress, Token
 from nemo_star.server.jobs import ClientGoneError, Jobs
 from nemo_star.server.mail import Inbox
 from nemo_star.server.metrics import Metrics
 from nemo_star.server.names import Names
 from nemo_star.server.orders import Cancel, Encode, Forget
+from nemo_star.server.prompts import Prompt
+from nemo_star.server.replies import TextReply
 from nemo_star.server.schemas import ChatRequest, CompletionRequest, ContextRequest
-from nemo_star.server.state import Turns
+from nemo_star.server.state import Service, Turns
+from nemo_star.server.stream import END, SIGN_OF_LIFE
 
 IDS = array("i", [1, 2, 3])
 ENCODED = Encoded(3, 0, 0.0, 0.0)
@@ -312,3 +316,46 @@ def test_an_answer_that_fails_ends_alone(breaks):
     assert answer.choose(None) == (0, True)
     assert told[-1] == Failed("choosing a token failed: RuntimeError: no such token")
     assert told[:-1] == ([Token(0, 7, "", None)] if breaks == "finishing" else [])
+
+
+def test_answers_whose_own_tokens_cannot_fit_are_refused():
+    model = SimpleNamespace(max_position_embeddings=None)
+    llm = SimpleNamespace(
+        description=SimpleNamespace(model=model), check=lambda tokens: [], max_own_tokens=lambda store: 100
+    )
+    config = SimpleNamespace(server=ServerConfig(model_name="m"), checkpoint="c")
+    store = SimpleNamespace(check_size=lambda tokens: None)
+    service = Service(config, llm, None, None, None, None, None, store)
+    prompt = Prompt(array("i", [1] * 50), [2] * 20)
+    assert service.check(prompt, 80, samples=1, may_shorten=False) == 80
+    assert service.check(prompt, 30, samples=2, may_shorten=False) == 30
+    refused = refusal(413, lambda: service.check(prompt, 31, samples=2, may_shorten=False))
+    assert "2 answer(s) to a query of 20 tokens may come to 102 tokens, there is memory for 100" in refused
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_events_that_nothing_is_sent_for_are_no_signs_of_life(monkeypatch, asks):
+    """Blocks that are done every 0.4 s, of a client that does not ask for progress: a comment after each second."""
+    clock = [0.0]
+
+    async def events(group, *, patience):
+        for done in range(1, 10):
+            clock[0] += 0.4
+            yield 0, Progress([(done, 9)], tokens=9, found_tokens=0, seconds=clock[0], seconds_left=None)
+
+    monkeypatch.setattr(completions, "all_events", events)
+    monkeypatch.setattr(completions.time, "monotonic", lambda: clock[0])
+    service = SimpleNamespace(limits=ServerConfig(keepalive_seconds=1.0, log_text=False))
+    request = SimpleNamespace(state=SimpleNamespace(owner="", note={}))
+    body = CompletionRequest(prompt="x", return_progress=asks)
+    job = SimpleNamespace(timings={})
+    group = SimpleNamespace(cached_tokens=0, generated_tokens=0, jobs=[job])
+    asked = completions._Asked([Prompt(array("i"), [1])], SamplingParams(), TextReply("m", str))
+
+    async def told():
+        return [event async for event in completions._Completion(service, request, body)._stream(asked, group)]
+
+    sent = asyncio.run(told())
+    assert sent[-1] == END
+    assert sent.count(SIGN_OF_LIFE) == (0 if asks else 3)
+    assert len(sent) == (10 if asks else 4)
