@@ -64,6 +64,7 @@ def scores(folder):
     return [re.sub(r"\| [^|]*\|[^|]*\|$", "", line) for line in (folder / "report.md").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_to_the_same_report(demo, swept, tmp_path):
     whole = swept[0] / "samples.jsonl"
     folder = tmp_path / "out"

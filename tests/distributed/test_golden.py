@@ -28,12 +28,13 @@ def plan(processes, everything):
         cp = layout[1]
         own = [case for case in STAR if layout == (1, case["world_size"], 1)]
         for anchor in ("shared", "recompute"):
-            few = [case for case in STAR if case["id"] in FEW and case not in own] if anchor == "shared" else []
+            ids = FEW if layout == (1, cp, 1) else FEW[1:3]
+            few = [case for case in STAR if case["id"] in ids and case not in own] if anchor == "shared" else []
             all_cases = everything or (layout == (1, 1, 1) and anchor == "shared")
             cases = STAR if all_cases else own + few
             runs += [(name(case, layout, anchor), settings(case, layout, anchor=anchor), case) for case in cases]
         if cp > 1:
-            cases = [case for case in STAR if everything or case["id"] in FEW]
+            cases = [case for case in STAR if everything or case["id"] in FEW[1:3]]
             sharded = ["parallel.decode=sharded"]
             runs += [(name(case, layout, "sharded"), settings(case, layout) + sharded, case) for case in cases]
         exact = RING if everything else RING[-2:]

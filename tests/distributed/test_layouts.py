@@ -5,7 +5,7 @@ Random Llamas of transformers, whose own logits are what the exact kinds must gi
 
 import pytest
 import torch
-from launch import generate_many, read_jsonl, write_jsonl
+from launch import generate_many, read_jsonl, selected, write_jsonl
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,8 +29,10 @@ EXACT = {
     "ulysses-tp": ("ulysses", 2, 2, 1),
 }
 """Name -> (attention, tp, cp, pp) on four ranks; what remains is data parallel. Decode is replicated but where said."""
+SLOW = ("dense", "dense-tp", "ring", "ring-tp", "ulysses")
+"""What others do with something on top."""
 PAIRS = [
-    (run, model)
+    pytest.param(run, model, marks=pytest.mark.slow if run in SLOW else ())
     for model in MODELS
     for run in EXACT
     if model == "5-layers" or run in ("dense-tp-pp", "ring-pp", "ring-tp-sharded", "ulysses-tp")
@@ -73,14 +75,14 @@ def parallel(tp, cp, pp):
 
 
 @pytest.fixture(scope="module")
-def answers(models, tmp_path_factory):
+def answers(request, models, tmp_path_factory):
     """(run, model) -> (lines, logits by id), all from one launch on four ranks."""
     folder = tmp_path_factory.mktemp("layouts")
     rows, many = write_jsonl(folder / "rows.jsonl", ROWS), write_jsonl(folder / "many.jsonl", MANY)
     runs = {}
     for model, (_, checkpoint) in models.items():
         paths = [f"checkpoint={checkpoint}", f"inference.tokens_to_generate={TOKENS}", "inference.ignore_eos=true"]
-        for name in (run for run, of in PAIRS if of == model):
+        for name in (run for run, of in sorted(selected(request, "run", "model")) if of == model):
             kind, *sizes = EXACT[name]
             runs[name, model] = [*paths, f"input={rows}", f"attention={kind}", *parallel(*sizes)]
             decode = "sharded" if name.endswith("sharded") else "replicated"

@@ -23,6 +23,8 @@ CASES = {
 """Name -> (model, the group `attention`, where the parts end that the context is encoded in). A model is one of
 `family_models.CASES`, or `windowed`: a family whose layers have windows is one more line."""
 SLOW = ("star", "star recomputed", "ring, appended", "windowed", "windowed ring, appended")
+REFUSED = "star, appended"
+"""Of other weights."""
 SAVED_AT = {"cp": (1, 2, 1), "tp x pp": (2, 1, 2), "dp": (1, 2, 1)}
 LOADED_AT = {1: [(1, 1, 1)], 3: [(1, 3, 1)], 4: [(1, 4, 1), (2, 1, 2), (1, 2, 2)]}
 IDS, MORE = tokens(101, 5), tokens(30, 6)
@@ -94,7 +96,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(request, checkpoints, folder, tmp_path_factory):
     """(what, case, layout...) -> result of a run."""
-    cases = {case: CASES[case] for case in sorted(selected(request, "case") | {"star"})}  # which is refused, too
+    cases = {case: CASES[case] for case in sorted(selected(request, "case") | {REFUSED})}
 
     def job():
         return Job(checkpoints, tmp_path_factory.mktemp("job"))
@@ -120,7 +122,7 @@ def found(request, checkpoints, folder, tmp_path_factory):
                     values = {"folder": str(folder / name / case)}
                     to.add(("loaded", name, case, layout), "load", checkpoint, attention, layout, **values)
         if processes == 3:
-            other = {"folder": str(folder / "cp" / "star"), "fingerprint": "others"}
+            other = {"folder": str(folder / "cp" / REFUSED), "fingerprint": "others"}
             to.add("other weights", "refuse", "qwen2", STAR, (1, 3, 1), **other)
             to.add("nothing", "refuse", "qwen2", STAR, (1, 3, 1), folder=str(folder / "nothing"))
         results |= to.results(processes)

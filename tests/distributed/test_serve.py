@@ -280,7 +280,7 @@ def test_what_cannot_be_answered_is_refused_by_name(client, values, error, messa
         client.chat.completions.create(**{**asked, **values})
 
 
-@pytest.mark.parametrize("streams", [8, 32])
+@pytest.mark.parametrize("streams", [pytest.param(8, marks=pytest.mark.slow), 32])
 def test_streams_side_by_side_have_the_tokens_of_those_alone(client, streams):
     pairs = [(document, key) for document in DOCUMENTS for key in document.needles]
 
