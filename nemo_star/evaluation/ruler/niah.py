@@ -96,9 +96,10 @@ class Niah(Family):
         query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
         head, tail, kind = self.task.head(), self.task.tail(), self.kinds[1]
         if self.queries * self.values == 1:
-            head, tail, kind = _singular(head), _singular(tail), kind[:-1]
+            head, tail, kind = singular(head), singular(tail), kind[:-1]
         return framed(head.format(type_needle_v=kind), haystack, tail.format(type_needle_v=kind, query=query), outputs)
 
 
-def _singular(template: str) -> str:
+def singular(template: str) -> str:
+    """A template for one needle, as the official script makes it."""
     return template.replace("Some", "A").replace("are all", "is").replace("are", "is")

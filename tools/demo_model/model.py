@@ -1,0 +1,109 @@
+"""The demo model, and what it is trained on: its answers, and the attention of a few heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from demo_model.sequence import Batch
+from demo_model.tokenizer import BOS, EOS, VOCABULARY
+
+MAX_POSITIONS = 8192
+ROPE_THETA = 1e8
+HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "count": (2, 3)}
+"""Role -> layer and head that is guided."""
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """A model whose heads start as matching (queries equal keys) and copying (outputs are transposed values)."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_theta=ROPE_THETA,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=0.05,
+    )
+    model = LlamaForCausalLM(config)
+    group = config.num_attention_heads // config.num_key_value_heads
+    heads = (config.num_key_value_heads, config.head_dim, config.hidden_size)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(40.0)
+        model.model.norm.weight.fill_(0.03)  # else the large embeddings, tied to the outputs, made logits too large
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.3)
+            attention = layer.self_attn
+            keys, values = attention.k_proj.weight.view(heads), attention.v_proj.weight.view(heads)
+            attention.q_proj.weight.copy_(keys.repeat_interleave(group, dim=0).flatten(0, 1))
+            attention.o_proj.weight.copy_(0.3 * values.repeat_interleave(group, dim=0).flatten(0, 1).T)
+    return model
+
+
+def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:
+    """How far the attention of the role's head is from even attention to the targets of each place: their mean KL.
+
+    Args:
+        states: [b, s, h], what the layer reads.
+        links: as in `Batch.links`.
+    """
+    layer, head = HEADS[role]
+    block, size = model.model.layers[layer], model.config.head_dim
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    states = block.input_layernorm(states)
+    attention = block.self_attn
+    queries = F.linear(states, attention.q_proj.weight[head * size : (head + 1) * size])[:, None]
+    of_group = head // group
+    keys = F.linear(states, attention.k_proj.weight[of_group * size : (of_group + 1) * size])[:, None]
+    queries, keys = apply_rotary_pos_emb(queries, keys, *model.model.rotary_emb(states, positions))
+    total, places = states.new_zeros(()), 0
+    for row in range(len(states)):
+        _, numbers, at, targets = links[links[:, 0] == row].T
+        if not len(numbers):
+            continue
+        unique, inverse, counts = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)
+        first = torch.cumsum(counts, 0) - counts
+        at = at[first]
+        scores = queries[row, 0, at] @ keys[row, 0].T / size**0.5
+        scores = scores.masked_fill(torch.arange(states.shape[1]) > at[:, None], -torch.inf)
+        logs = scores - scores.logsumexp(-1, keepdim=True)
+        weights = 1 / counts[inverse]
+        total = total - (logs[inverse, targets] * weights).sum() - (counts.log()).sum()
+        places += len(unique)
+    return total / max(1, places)
+
+
+def _carried_loss(model: LlamaForCausalLM, states: Tensor, batch: Batch) -> Tensor:
+    """Whether the head has told the letter it is guided to: what the model would predict after that layer."""
+    row, _, place, target = batch.links["offset"].T
+    return F.cross_entropy(model.lm_head(model.model.norm(states[row, place])), batch.ids[row, target])
+
+
+def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(loss of the answers, loss of each guided head, whether each answer token is right)"""
+    outputs = model.model(
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        attention_mask=torch.ones_like(batch.ids),  # else transformers takes skipped positions for packed sequences
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    rows, places, tokens = batch.answers.T
+    logits = model.lm_head(outputs.last_hidden_state[rows, places])
+    guides = {
+        role: guide_loss(model, role, outputs.hidden_states[HEADS[role][0]], batch.positions, links)
+        for role, links in batch.links.items()
+    }
+    if "offset" in batch.links:
+        guides["carried"] = _carried_loss(model, outputs.hidden_states[HEADS["offset"][0] + 1], batch)
+    return F.cross_entropy(logits, tokens), guides, logits.argmax(-1) == tokens
