@@ -63,8 +63,8 @@ class EvaluateConfig(LLMConfig):
     anchor_sizes: tuple[int | str, ...] = ()
     """Of star: each of these with each block size that is no smaller; none: attention.anchor_size."""
     tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
-    """Of RULER, BABILong (babilong_qa1 to babilong_qa5, ..._offline without files), InfiniteBench (passkey, number_string,
-    kv_retrieval), and mrcr_like_2, _4, _8."""
+    """Of RULER; of BABILong: babilong_qa1 to babilong_qa5, with _offline behind without files; of InfiniteBench:
+    passkey, number_string, kv_retrieval; mrcr_2, _4, _8 of openai/mrcr's file, mrcr_like_2, _4, _8 without."""
     lengths: tuple[int, ...] = (4096,)
     """Tokens of prompt and answer together."""
     samples: int = 200

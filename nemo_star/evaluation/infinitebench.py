@@ -26,7 +26,7 @@ MIN_DEPTHS = 55
 
 
 class Hidden(Filled):
-    """A number in noise. Size: repetitions of the noise, 25 tokens each, so that 1% is 2,500 tokens and more."""
+    """A number in noise. Size: repetitions of the noise, 25 tokens each: targets of 2,500 tokens are met within 1%."""
 
     guess = 200
 

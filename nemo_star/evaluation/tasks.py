@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nemo_star.evaluation import babilong, infinitebench, mrcr, ruler
+from nemo_star.evaluation import babilong, infinitebench, mrcr_like, openai_mrcr, ruler
 from nemo_star.evaluation.sentences import split_sentences
 from nemo_star.evaluation.task import Sample, Setting, Task
 
@@ -24,7 +24,10 @@ def tasks(*, star_paper: bool = False) -> dict[str, Task]:
     Args:
         star_paper: RULER's as the code of the Star Attention paper has them (`ruler.tasks`).
     """
-    return {**ruler.tasks(star_paper=star_paper), **babilong.tasks(), **infinitebench.tasks(), **mrcr.tasks()}
+    known: dict[str, Task] = {**ruler.tasks(star_paper=star_paper)}
+    for benchmark in (babilong, infinitebench, openai_mrcr, mrcr_like):
+        known |= benchmark.tasks()
+    return known
 
 
 def samples(

@@ -33,7 +33,9 @@ FROM_FILES = [f"babilong_{stories}" for stories in BABI]
 OFFLINE = [f"{name}_offline" for name in FROM_FILES]
 INFINITE = ["passkey", "number_string", "kv_retrieval"]
 MRCR = {"mrcr_like_2": 2, "mrcr_like_4": 4, "mrcr_like_8": 8}
+OPENAI = ["mrcr_2", "mrcr_4", "mrcr_8"]
 NEW = [*FROM_FILES, *OFFLINE, *INFINITE, *MRCR]
+"""Whose haystacks are made to a length."""
 TOKENS = 4096
 
 
@@ -77,7 +79,7 @@ def make(name, data=None, **settings):
 
 
 def test_the_tasks_are_there():
-    assert list(tasks())[13:] == NEW
+    assert set(list(tasks())[13:]) == {*NEW, *OPENAI}
     assert {task.metric for task in tasks().values()} == set(METRICS)
 
 
@@ -304,3 +306,42 @@ def test_the_question_is_which_of_several(name, made):
 def test_an_answer_needs_a_query_with_a_prefix():
     with pytest.raises(ValueError, match="Prepend PREFIX"):
         METRICS["prefixed_ratio"]("x", ["x"], "Which one?")
+
+
+# openai/mrcr
+
+
+def write_rows(folder, sizes):
+    rows = []
+    for number, size in enumerate(sizes):
+        poem = f"Poem {number} of tapirs. " * size
+        messages = [("user", "write a poem about tapirs"), ("assistant", poem), ("user", QUESTION)]
+        rows.append(
+            {
+                "prompt": json.dumps([{"role": role, "content": content} for role, content in messages]),
+                "answer": f"aYooSG8CQg{poem}",
+                "n_needles": 2 if number % 2 == 0 else 8,
+            }
+        )
+    (folder / "mrcr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+QUESTION = (
+    "Prepend aYooSG8CQg to the 1st (1 indexed) poem about tapirs. Do not include any other text in your response."
+)
+
+
+def test_rows_of_a_length_are_taken_as_they_are(tmp_path):
+    write_rows(tmp_path, [10, 500, 400, 300, 5000, 250, 500])
+    short, long = make("mrcr_2", tmp_path, count=2)
+    assert long.outputs[0].startswith("aYooSG8CQgPoem 6")
+    assert short.query == f"User: {QUESTION}\n\nAssistant:"
+    assert short.context == f"User: write a poem about tapirs\n\nAssistant: {'Poem 2 of tapirs. ' * 400}\n\n"
+    assert METRICS["prefixed_ratio"](f" {short.outputs[0]}", short.outputs, short.query) == 100
+    with pytest.raises(ValueError, match="mrcr_8: mrcr.jsonl has 3 rows of 2048 to 4096 tokens, 4 are asked for"):
+        make("mrcr_8", tmp_path, count=4)
+    with pytest.raises(ValueError, match="huggingface.co/datasets/openai/mrcr"):
+        make("mrcr_4")
+    (tmp_path / "mrcr.jsonl").write_text('{"prompt": "[]"}')
+    with pytest.raises(ValueError, match="mrcr.jsonl has not the format"):
+        make("mrcr_4", tmp_path)

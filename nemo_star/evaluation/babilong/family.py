@@ -36,7 +36,7 @@ _FILES = {
 }
 _BABI = (
     "a file of bAbI's tasks_1-20_v1-2/en-10k",
-    "github.com/booydar/babilong, data/tasks_1-20_v1-2.zip; without it: tasks named babilong_..._offline",
+    "github.com/booydar/babilong, in data/tasks_1-20_v1-2.zip; without it: tasks named babilong_..._offline",
 )
 _BOOKS = DataFile(
     "pg19",

@@ -1,9 +1,10 @@
 """Stories of bAbI with a question: made by its rules, or read from its files.
 
 Source: facebookarchive/bAbI-tasks at commit ccd8fd6, lua/babi/tasks/WhereIsActor.lua, WhereIsObject.lua,
-WhereWasObject.lua, IsDir.lua, WhoWhatGave.lua: what is asked, and when. No code of it is used, its random numbers are
-Lua's, and how often things happen is not bAbI's to the letter. After every two facts there is a question, if what
-has been said answers one; of the first five one is taken, as BABILong makes a sample of each.
+WhereWasObject.lua, IsDir.lua, WhoWhatGave.lua: what is asked, and when. No code of it is used, and its random numbers
+are Lua's. After every two facts there is a question, if what has been said answers one; of the first five one is taken,
+as BABILong makes a sample of each. How often things happen is not the data set's to the letter: stories have 6, 11, 20,
+2 and 30 facts on average, there 6, 15, 51, 2 and 20.
 """
 
 from __future__ import annotations
