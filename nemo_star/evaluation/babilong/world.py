@@ -72,7 +72,7 @@ class World:
         self.told: dict[str, int] = {}
         """The fact that says where a person is."""
         self.carried: dict[str, tuple[str, Known]] = {}
-        """Of an object: the place it was carried to last, and where it was before, with all facts that say both."""
+        """Of an object: the place a reader saw it carried to last, where it was before, the facts that say so."""
         self.gifts: list[Gift] = []
         self.objects = objects
         self._lies = {thing: rng.choice(PLACES) for thing in objects}
@@ -126,7 +126,6 @@ class World:
         person = self._rng.choice(self._people)
         place = self._rng.choice([place for place in PLACES if place != self.where[person]])
         for thing in [thing for thing, holder in self._holder.items() if holder == person]:
-            self.carried.pop(thing, None)
             if (known := self.known(thing)) is not None:
                 self.carried[thing] = (place, Known(known.place, (*known.facts, len(self.facts))))
         self.where[person] = place

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_star.evaluation.ruler.sizes import draw_sample, find_size
-from nemo_star.evaluation.task import Family, Prompt, Setting, Task
+from nemo_star.evaluation.task import Family, Prompt, Task
 
 SHORT = 4096
 """RULER takes smaller steps, and fewer repeated words, below this target."""
@@ -40,9 +40,6 @@ class RulerFamily(Family):
     most: int | None = None
     """Star paper's search: the whole haystack."""
     stop_above: int | None = None
-
-    def __init__(self, task: RulerTask, setting: Setting) -> None:
-        super().__init__(task, setting)
 
     @abstractmethod
     def draw(self, size: int, index: int) -> Prompt:
