@@ -1,4 +1,4 @@
-"""What attention methods cost in accuracy, on RULER's tasks or given samples; `--help` prints the keys."""
+"""What attention methods cost in accuracy, on tasks of long contexts or given samples; `--help` prints the keys."""
 
 from __future__ import annotations
 

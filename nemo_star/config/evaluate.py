@@ -63,7 +63,8 @@ class EvaluateConfig(LLMConfig):
     anchor_sizes: tuple[int | str, ...] = ()
     """Of star: each of these with each block size that is no smaller; none: attention.anchor_size."""
     tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
-    """RULER's tasks."""
+    """Of RULER; of BABILong: babilong_qa1 to babilong_qa5, with _offline behind without files; of InfiniteBench:
+    passkey, number_string, kv_retrieval; mrcr_2, _4, _8 of openai/mrcr's file, mrcr_like_2, _4, _8 without."""
     lengths: tuple[int, ...] = (4096,)
     """Tokens of prompt and answer together."""
     samples: int = 200
@@ -71,9 +72,9 @@ class EvaluateConfig(LLMConfig):
     seed: int = 42
     """Of the samples."""
     variant: Literal["ruler", "star_paper"] = "ruler"
-    """Tasks as RULER has them, or as the code of the Star Attention paper has them."""
+    """RULER's tasks as it has them, or as the code of the Star Attention paper has them."""
     data: str | None = None
-    """Folder with the essays and questions that some tasks need."""
+    """Folder with the essays, questions, stories and books that some tasks need."""
     input: str | None = None
     """JSON lines {"id", "task", "context", "query", "outputs"} instead: given samples."""
     output: str | None = None

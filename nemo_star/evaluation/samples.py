@@ -1,4 +1,4 @@
-"""The samples of a sweep: RULER's, made here, or those of a file."""
+"""The samples of a sweep: of tasks, made here, or those of a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_star.config.evaluate import EvaluateConfig
-from nemo_star.evaluation import ruler
-from nemo_star.evaluation.ruler.metrics import string_match_all, string_match_part
+from nemo_star.evaluation.metrics import METRICS
+from nemo_star.evaluation.tasks import samples, tasks
 
 TOKENS_OF_GIVEN = 128
 """Generated for a given sample whose task is not known."""
+METRIC_OF_GIVEN = "all"
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,20 @@ class Asked:
     query: str
     outputs: list[str]
     max_tokens: int
-    best_of: bool = False
-    """One of the outputs is right, not all of them."""
+    metric: str = METRIC_OF_GIVEN
 
     def score(self, prediction: str) -> float:
-        """0 to 100, by RULER's metrics."""
-        metric = string_match_part if self.best_of else string_match_all
-        return metric([prediction], [self.outputs])
+        """0 to 100, by the task's metric."""
+        return METRICS[self.metric](prediction, self.outputs, self.query)
 
 
 def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
-    """RULER's samples, task by task.
+    """Samples of the tasks, length by length.
 
     Raises:
         ValueError: a task that is not known, files of it that are not there, a length that is too short.
     """
-    known = ruler.tasks(star_paper=config.variant == "star_paper")
+    known = tasks(star_paper=config.variant == "star_paper")
     data = None if config.data is None else Path(config.data)
     for name in config.tasks:
         if name not in known:
@@ -51,7 +50,7 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
     for length in config.lengths:
         for name in config.tasks:
             task = known[name]
-            for sample in ruler.samples(
+            for sample in samples(
                 task, tokens=length, count=config.samples, seed=config.seed, count_tokens=count_tokens, data=data
             ):
                 yield Asked(
@@ -62,7 +61,7 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
                     sample.query,
                     list(sample.outputs),
                     task.tokens_to_generate,
-                    task.metric == "part",
+                    task.metric,
                 )
 
 
@@ -72,7 +71,7 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
     Raises:
         ValueError: a line that is none, by its number.
     """
-    known = ruler.tasks(star_paper=config.variant == "star_paper")
+    known = tasks(star_paper=config.variant == "star_paper")
     seen: Counter[tuple[str, str]] = Counter()
     with Path(str(config.input)).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -93,6 +92,7 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
                 raise ValueError(f"input={config.input}, line {number}: id {identity!r} of task {task!r} comes twice")
             tokens = count_tokens(context)
             length = min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
-            max_tokens = known[task].tokens_to_generate if task in known else TOKENS_OF_GIVEN
-            best_of = task in known and known[task].metric == "part"
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of)
+            max_tokens, metric = TOKENS_OF_GIVEN, METRIC_OF_GIVEN
+            if task in known:
+                max_tokens, metric = known[task].tokens_to_generate, known[task].metric
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric)

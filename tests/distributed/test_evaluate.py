@@ -1,4 +1,4 @@
-"""tools/evaluate.py on two ranks: RULER's samples and given ones, interrupted, resumed."""
+"""tools/evaluate.py on two ranks: made samples and given ones, interrupted, resumed."""
 
 import csv
 import random
@@ -13,7 +13,7 @@ SWEEP = (
     "compare=[dense,ring,star]",
     "block_sizes=[n/2,256]",
     "anchor_sizes=[0]",
-    "tasks=[niah_single_1,vt]",
+    "tasks=[niah_single_1,babilong_qa1_offline]",
     "lengths=[1024,1536]",
     "samples=3",
 )

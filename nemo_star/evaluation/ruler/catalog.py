@@ -13,7 +13,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from nemo_star.evaluation.ruler.task import Task
+from nemo_star.evaluation.ruler.common_words import CommonWords
+from nemo_star.evaluation.ruler.frequent_words import FrequentWords
+from nemo_star.evaluation.ruler.niah import Niah
+from nemo_star.evaluation.ruler.questions import Questions
+from nemo_star.evaluation.ruler.task import RulerTask
+from nemo_star.evaluation.ruler.variable_tracking import VariableTracking
 
 _NIAH = (
     "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz "
@@ -49,11 +54,13 @@ def _options(**options: Any) -> Mapping[str, Any]:
     return MappingProxyType(options)
 
 
-def _niah(name: str, haystack: str, *, keys: str = "words", values: str = "numbers", kvq: tuple[int, int, int]) -> Task:
+def _niah(
+    name: str, haystack: str, *, keys: str = "words", values: str = "numbers", kvq: tuple[int, int, int]
+) -> RulerTask:
     """kvq: keys, values of a key, keys asked for."""
     k, v, q = kvq
     options = _options(haystack=haystack, keys=keys, values=values, num_needle_k=k, num_needle_v=v, num_needle_q=q)
-    return Task(name, "niah", options, _NIAH, _NIAH_PREFIX, 128, "all")
+    return RulerTask(name, Niah, options, _NIAH, _NIAH_PREFIX, 128, "all")
 
 
 _TASKS = (
@@ -65,15 +72,15 @@ _TASKS = (
     _niah("niah_multikey_3", "needle", keys="uuids", values="uuids", kvq=(1, 1, 1)),
     _niah("niah_multivalue", "essay", kvq=(1, 4, 1)),
     _niah("niah_multiquery", "essay", kvq=(1, 1, 4)),
-    Task("vt", "vt", _options(num_hops=4), _VT, _VT_PREFIX, 30, "all"),
-    Task("cwe", "cwe", _options(freq_cw=30, freq_ucw=3, num_cw=10), _CWE, _CWE_PREFIX, 120, "all"),
-    Task("fwe", "fwe", _options(), _FWE, _FWE_PREFIX, 50, "all"),
-    Task("qa_1", "qa", _options(dataset="squad"), _QA, _QA_PREFIX, 32, "part"),
-    Task("qa_2", "qa", _options(dataset="hotpotqa"), _QA, _QA_PREFIX, 32, "part"),
+    RulerTask("vt", VariableTracking, _options(num_hops=4), _VT, _VT_PREFIX, 30, "all"),
+    RulerTask("cwe", CommonWords, _options(freq_cw=30, freq_ucw=3, num_cw=10), _CWE, _CWE_PREFIX, 120, "all"),
+    RulerTask("fwe", FrequentWords, _options(), _FWE, _FWE_PREFIX, 50, "all"),
+    RulerTask("qa_1", Questions, _options(dataset="squad"), _QA, _QA_PREFIX, 32, "part"),
+    RulerTask("qa_2", Questions, _options(dataset="hotpotqa"), _QA, _QA_PREFIX, 32, "part"),
 )
 
 
-def tasks(*, star_paper: bool = False) -> dict[str, Task]:
+def tasks(*, star_paper: bool = False) -> dict[str, RulerTask]:
     """All by name, in RULER's order.
 
     Args:
@@ -84,7 +91,7 @@ def tasks(*, star_paper: bool = False) -> dict[str, Task]:
     return {task.name: _of_star_paper(task) if star_paper else task for task in _TASKS}
 
 
-def _of_star_paper(task: Task) -> Task:
+def _of_star_paper(task: RulerTask) -> RulerTask:
     task = replace(task, star_paper=True)
     if task.name == "cwe":
         return replace(task, options=_options(freq_cw=300, freq_ucw=30, num_cw=10))

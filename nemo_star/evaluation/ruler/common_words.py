@@ -14,18 +14,19 @@ thousand tokens and more; the example's answer follows its query without a space
 from __future__ import annotations
 
 from nemo_star.evaluation.ruler.sources import read_data, word_list
-from nemo_star.evaluation.ruler.task import SHORT, Family, Prompt, Setting, Task, framed
+from nemo_star.evaluation.ruler.task import SHORT, RulerFamily, RulerTask
+from nemo_star.evaluation.task import Prompt, Setting, framed
 
 PROBE = 4096
 
 
-class CommonWords(Family):
+class CommonWords(RulerFamily):
     """Size: different words."""
 
     step = 10
     probe = PROBE
 
-    def __init__(self, task: Task, setting: Setting) -> None:
+    def __init__(self, task: RulerTask, setting: Setting) -> None:
         super().__init__(task, setting)
         self.common: int = task.options["num_cw"]
         self.smallest = self.common

@@ -16,7 +16,8 @@ import math
 import string
 from collections.abc import Iterator
 
-from nemo_star.evaluation.ruler.task import Family, Prompt, Setting, Task, framed
+from nemo_star.evaluation.ruler.task import RulerFamily, RulerTask
+from nemo_star.evaluation.task import Prompt, Setting, framed
 
 LETTERS = 6
 ALPHA = 2.0
@@ -26,10 +27,10 @@ NOISE = "..."
 ANSWERS = 3
 
 
-class FrequentWords(Family):
+class FrequentWords(RulerFamily):
     """Size: words before their numbers are rounded down."""
 
-    def __init__(self, task: Task, setting: Setting) -> None:
+    def __init__(self, task: RulerTask, setting: Setting) -> None:
         super().__init__(task, setting)
         self.limit = setting.tokens - (0 if task.star_paper else self.generate)
         self.step = self.limit // 32

@@ -13,7 +13,8 @@ import uuid
 from itertools import pairwise
 
 from nemo_star.evaluation.ruler.sources import WordPairs, read_data, word_list
-from nemo_star.evaluation.ruler.task import SHORT, Family, Prompt, Setting, Task, framed
+from nemo_star.evaluation.ruler.task import SHORT, RulerFamily, RulerTask
+from nemo_star.evaluation.task import Prompt, Setting, framed
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -22,10 +23,10 @@ DEPTHS = [round(100 * place / 39) for place in range(40)]
 DIGITS = 7
 
 
-class Niah(Family):
+class Niah(RulerFamily):
     """Size: sentences; with essays, words."""
 
-    def __init__(self, task: Task, setting: Setting) -> None:
+    def __init__(self, task: RulerTask, setting: Setting) -> None:
         super().__init__(task, setting)
         options = task.options
         self.haystack: str = options["haystack"]

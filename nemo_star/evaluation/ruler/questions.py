@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_star.evaluation.ruler.sources import read_data
-from nemo_star.evaluation.ruler.task import Family, Prompt, Setting, Task, framed
+from nemo_star.evaluation.ruler.task import RulerFamily, RulerTask
+from nemo_star.evaluation.task import Prompt, Setting, framed
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Question:
     """SQuAD: the other paragraphs of the article, which are taken before strange ones."""
 
 
-class Questions(Family):
+class Questions(RulerFamily):
     """Size: documents."""
 
     step = probe = 10
 
-    def __init__(self, task: Task, setting: Setting) -> None:
+    def __init__(self, task: RulerTask, setting: Setting) -> None:
         super().__init__(task, setting)
         dataset: str = task.options["dataset"]
         read = _squad if dataset == "squad" else _hotpotqa

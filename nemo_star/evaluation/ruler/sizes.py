@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_star.evaluation.ruler.task import Family, Prompt
+    from nemo_star.evaluation.ruler.task import RulerFamily
+    from nemo_star.evaluation.task import Prompt
 
 MAX_REDRAWS = 100
 """Of a size that cannot shrink further. The official scripts draw without end."""
 
 
-def find_size(family: Family) -> int:
+def find_size(family: RulerFamily) -> int:
     """The size with which prompts are drawn: one of a drawn prompt that fitted."""
     return _in_steps(family) if family.task.star_paper else _halving(family)
 
 
-def draw_sample(family: Family, size: int, index: int) -> Prompt:
+def draw_sample(family: RulerFamily, size: int, index: int) -> Prompt:
     """A prompt that fits: drawn anew, and smaller, while it does not.
 
     Raises:
@@ -35,17 +36,14 @@ def draw_sample(family: Family, size: int, index: int) -> Prompt:
             return family.final(prompt) if star else prompt
         redraws += family.shrink(size) == size
         size = family.shrink(size)
-    raise ValueError(
-        f"{family.task.name}: the smallest haystack and {family.generate} tokens to generate do not fit into "
-        f"{family.room} tokens; give more tokens"
-    )
+    raise family.too_short()
 
 
-def _fits(family: Family, tokens: int) -> bool:
+def _fits(family: RulerFamily, tokens: int) -> bool:
     return tokens + family.generate <= family.room
 
 
-def _halving(family: Family) -> int:
+def _halving(family: RulerFamily) -> int:
     """RULER's: the largest size found to fit, each one by a single draw."""
     per_unit = family.count(family.draw(family.probe, 0).text) / family.probe
     low, high = family.step, max(family.bound(per_unit), 2 * family.step)
@@ -59,7 +57,7 @@ def _halving(family: Family) -> int:
     return found
 
 
-def _in_steps(family: Family) -> int:
+def _in_steps(family: RulerFamily) -> int:
     """The star paper's: the last step at which a prompt with its answer fits."""
     size, tokens = family.step, 0
     while tokens + family.extra + family.generate < family.room:

@@ -8,43 +8,39 @@ from collections.abc import Callable
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-Part = TypeVar("Part")
+from nemo_star.evaluation.data_files import DataFile, Part
+
 Kind = Literal["noun", "adjective", "verb"]
 
 _REPOSITORY = "github.com/NVIDIA/RULER, scripts/data/synthetic/json/"
 _FILES = {
-    "PaulGrahamEssays.json": ('{"text": all essays}', "download_paulgraham_essay.py there writes it"),
-    "squad.json": (
-        "SQuAD 2.0's development set",
-        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, by download_qa_dataset.sh there",
-    ),
-    "hotpotqa.json": (
-        "HotpotQA's development set, distractor setting",
-        "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json, by download_qa_dataset.sh there",
-    ),
-    "english_words.json": ("{number: word}, for haystacks of more words than wonderwords has", "it lies there"),
+    name: DataFile(name, content, f"{_REPOSITORY}: {source}")
+    for name, content, source in (
+        ("PaulGrahamEssays.json", '{"text": all essays}', "download_paulgraham_essay.py there writes it"),
+        (
+            "squad.json",
+            "SQuAD 2.0's development set",
+            "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, by download_qa_dataset.sh there",
+        ),
+        (
+            "hotpotqa.json",
+            "HotpotQA's development set, distractor setting",
+            "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json, by download_qa_dataset.sh there",
+        ),
+        ("english_words.json", "{number: word}, for haystacks of more words than wonderwords has", "it lies there"),
+    )
 }
 
 
 def read_data(folder: Path | None, name: str, take: Callable[[Any], Part]) -> Part:
-    """What `take` takes from a file of the folder `data`.
+    """What `take` takes from a JSON file of the folder `data`.
 
     Raises:
         ValueError: the file is missing, or has not the format of its source; says where RULER has it from.
     """
-    content, source = _FILES[name]
-    wanted = f"{name} ({content}); its source is {_REPOSITORY}: {source}"
-    if folder is None:
-        raise ValueError(f"this task needs a folder `data` with {wanted}")
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: put there {wanted}")
-    try:
-        return take(json.loads(path.read_text(encoding="utf-8")))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has not the format that it should have ({error!r}): put there {wanted}") from error
+    return _FILES[name].read(folder, lambda text: take(json.loads(text)))
 
 
 def word_list(kind: Kind) -> list[str]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from nemo_star.evaluation.ruler.niah import NOISE
 from nemo_star.evaluation.ruler.sizes import draw_sample, find_size
-from nemo_star.evaluation.ruler.task import SHORT, Family, Prompt, Setting, Task, framed
+from nemo_star.evaluation.ruler.task import SHORT, RulerFamily, RulerTask
+from nemo_star.evaluation.task import Prompt, Setting, framed
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
@@ -26,10 +27,10 @@ SHOT_TOKENS = 500
 SHOT_VALUE = "12345"
 
 
-class Assignments(Family):
+class Assignments(RulerFamily):
     """Size: noises. One chain of `num_hops` + 1 variables."""
 
-    def __init__(self, task: Task, setting: Setting, values: RandomState, *, shot: bool) -> None:
+    def __init__(self, task: RulerTask, setting: Setting, values: RandomState, *, shot: bool) -> None:
         super().__init__(task, setting)
         self.numbers = values
         self.shot = shot
@@ -65,7 +66,7 @@ class Assignments(Family):
 class VariableTracking(Assignments):
     """Chains behind a short example, whose names are drawn anew for each prompt."""
 
-    def __init__(self, task: Task, setting: Setting) -> None:
+    def __init__(self, task: RulerTask, setting: Setting) -> None:
         from numpy.random import RandomState  # NumPy promises that its numbers never change
 
         super().__init__(task, setting, RandomState(setting.seed), shot=False)
