@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.evaluation import ruler
 from nemo_star.evaluation.ruler.metrics import string_match_all, string_match_part
+from nemo_star.evaluation.ruler.task import Task
 
 TOKENS_OF_GIVEN = 128
 """Generated for a given sample whose task is not known."""
@@ -30,6 +31,8 @@ class Asked:
     max_tokens: int
     best_of: bool = False
     """One of the outputs is right, not all of them."""
+    answer_prefix: str = ""
+    """The answer's first words, with which the query ends."""
 
     def score(self, prediction: str) -> float:
         """0 to 100, by RULER's metrics."""
@@ -37,8 +40,11 @@ class Asked:
         return metric([prediction], [self.outputs])
 
 
-def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+def made(config: EvaluateConfig, count_tokens: Callable[[str], int], *, template_tokens: int = 0) -> Iterator[Asked]:
     """RULER's samples, task by task.
+
+    Args:
+        template_tokens: of a chat template, which count within the length.
 
     Raises:
         ValueError: a task that is not known, files of it that are not there, a length that is too short.
@@ -52,7 +58,13 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
         for name in config.tasks:
             task = known[name]
             for sample in ruler.samples(
-                task, tokens=length, count=config.samples, seed=config.seed, count_tokens=count_tokens, data=data
+                task,
+                tokens=length,
+                count=config.samples,
+                seed=config.seed,
+                count_tokens=count_tokens,
+                data=data,
+                template_tokens=template_tokens,
             ):
                 yield Asked(
                     str(sample.id),
@@ -63,7 +75,14 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
                     list(sample.outputs),
                     task.tokens_to_generate,
                     task.metric == "part",
+                    _prefix(sample.query, task),
                 )
+
+
+def _prefix(query: str, task: Task) -> str:
+    """Found as RULER's scripts find it, by its first ten characters."""
+    at = query.rfind(task.answer_prefix[:10])
+    return query[at:] if at > 0 else ""
 
 
 def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
@@ -95,4 +114,5 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             length = min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
             max_tokens = known[task].tokens_to_generate if task in known else TOKENS_OF_GIVEN
             best_of = task in known and known[task].metric == "part"
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of)
+            prefix = _prefix(query, known[task]) if task in known else ""
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of, prefix)

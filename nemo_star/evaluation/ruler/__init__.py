@@ -5,8 +5,9 @@
     score(task, predictions, references)
 
 Prompts are equal to those of the official scripts (github.com/NVIDIA/RULER, commit c3f5e3b) with their template `base`,
-for the same seed, tokenizer and wonderwords release; each family's file names what can differ. They have no chat
-template: where the scripts are given one, its tokens count, too, and it is around cwe's example as well.
+for the same seed, tokenizer and wonderwords release; each family's file names what can differ. A chat template stands
+around them later (`evaluation/chat.py`); its tokens are left free, as by the scripts' `--model_template_token`. Where
+the scripts write the template into the prompts themselves (`--model_template_type`), it is around cwe's example, too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def samples(
     count_tokens: Callable[[str], int],
     data: Path | None = None,
     split: Callable[[str], list[str]] = split_sentences,
+    template_tokens: int = 0,
 ) -> Iterator[Sample]:
     """Prompts of a task, as long as its haystack allows: prompt and `task.tokens_to_generate` are at most `tokens`.
 
@@ -51,6 +53,7 @@ def samples(
         count: samples. The first ones of more samples are the same.
         count_tokens: tokens of a text, without a beginning-of-text token.
         data: folder with PaulGrahamEssays.json, squad.json, hotpotqa.json, for the tasks that take them.
+        template_tokens: that a chat template adds to each prompt; they count within the target.
         split: sentences of an essay; NLTK's `sent_tokenize` makes the official prompts.
 
     Raises:
@@ -58,7 +61,7 @@ def samples(
     """
     if count < 0 or tokens < 1:
         raise ValueError(f"{count} samples of {tokens} tokens: both must be positive")
-    family = _families()[task.family](task, Setting(tokens, seed, count_tokens, data, split))
+    family = _families()[task.family](task, Setting(tokens, seed, count_tokens, data, split, template_tokens))
     return (_sample(family, index, prompt) for index, prompt in enumerate(family.prompts(count)))
 
 
