@@ -12,7 +12,7 @@ from harness_tasks import ask, asked, same
 
 from nemo_star.config.harness import HarnessConfig
 from nemo_star.evaluation.harness import scoring
-from nemo_star.evaluation.harness.generation import sampling
+from nemo_star.evaluation.harness.arguments import sampling
 from nemo_star.evaluation.harness.model import NemoStar
 from nemo_star.evaluation.harness.prompts import Cut, Prompts
 from nemo_star.llm.front import LLM

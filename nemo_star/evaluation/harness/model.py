@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Self, TypeVar
 
@@ -15,9 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from nemo_star.config.llm import LLMConfig
-from nemo_star.config.strict import parse
-from nemo_star.evaluation.harness.generation import sampling
+from nemo_star.evaluation.harness.arguments import llm_arguments, sampling
 from nemo_star.evaluation.harness.prompts import Cut, Prompts
 from nemo_star.evaluation.harness.ranks import Generate, Ranks, Work
 from nemo_star.evaluation.harness.scoring import Score
@@ -85,7 +83,7 @@ class NemoStar(TemplateLM):
         """
         batch_size = (additional_config or {}).get("batch_size")
         options = {name: arg_dict[name] for name in _OPTIONS if name in arg_dict}
-        values = asdict(parse(LLMConfig, _nested({k: v for k, v in arg_dict.items() if k not in _OPTIONS})))
+        values = llm_arguments({name: value for name, value in arg_dict.items() if name not in _OPTIONS})
         if str(batch_size).isdigit():
             values["max_batch_size"] = int(str(batch_size))
         lm = cls(LLM(values.pop("checkpoint"), **values), **options)
@@ -129,7 +127,7 @@ class NemoStar(TemplateLM):
             self._ranks.end(error)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to (prompt, arguments of generation), in order; of the arguments, `generation.sampling` takes all
+        """Answers to (prompt, arguments of generation), in order; of the arguments, `arguments.sampling` takes all
         that it knows and refuses others.
 
         Raises:
@@ -189,6 +187,22 @@ class NemoStar(TemplateLM):
         Args:
             requests: the texts, or None, and the tokens of prompt and continuation.
         """
+        works, places = self._by_prompt(requests)
+        answers = [(0.0, False)] * len(requests)
+        self._check([(work, max(map(len, work.continuations)) - 1) for work in works])
+        with tqdm(total=len(requests), desc="Continuations", disable=disable_tqdm) as bar:
+            for number, scored in self._ranks.done(works):
+                for place, answer in zip(places[number], scored, strict=True):
+                    answers[place] = answer
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+                    bar.update()
+        return answers
+
+    def _by_prompt(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]]
+    ) -> tuple[list[Score], list[list[int]]]:
+        """Work for each prompt, and the places of its continuations in `requests`."""
         works: dict[tuple[bytes, bytes], Score] = {}
         places: dict[tuple[bytes, bytes], list[int]] = {}
         lengths: dict[str, int] = {}
@@ -212,16 +226,7 @@ class NemoStar(TemplateLM):
             works.setdefault(key, Score(context, query)).continuations.append(continuation)
             places.setdefault(key, []).append(place)
         self._warn_of_lost(lost)
-        answers = [(0.0, False)] * len(requests)
-        self._check([(work, max(map(len, work.continuations)) - 1) for work in works.values()])
-        with tqdm(total=len(requests), desc="Continuations", disable=disable_tqdm) as bar:
-            for number, scored in self._ranks.done(list(works.values())):
-                for place, answer in zip(list(places.values())[number], scored, strict=True):
-                    answers[place] = answer
-                    if requests[place][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
-                    bar.update()
-        return answers
+        return list(works.values()), list(places.values())
 
     def _warn_of_lost(self, tokens: list[int]) -> None:
         """How many each prompt has too many."""
@@ -290,17 +295,3 @@ class NemoStar(TemplateLM):
             "engine": self._llm.engine.describe(),
             "layout": {name: getattr(layout, name) for name in ("tp", "cp", "pp", "dp")},
         }
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`a.b=c` as groups; a word for the group of attention is its kind, as in a recipe."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key == "attention" and isinstance(value, str):
-            key = "attention.kind"
-        *groups, name = key.split(".")
-        inner = found
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[name] = value
-    return found

@@ -1,13 +1,16 @@
-"""What tasks of lm-evaluation-harness say of generation, in this engine's words."""
+"""What lm-evaluation-harness gives as arguments, of a model and of generation, in this engine's words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from nemo_star.config.llm import LLMConfig
 from nemo_star.config.sampling import DEFAULT_SEED, SamplingParams
+from nemo_star.config.strict import parse
 
 _KNOWN = frozenset(("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed"))
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
@@ -41,3 +44,26 @@ def sampling(arguments: Mapping[str, Any], number: int, *, default_tokens: int) 
         seed=(DEFAULT_SEED if seed is None else seed) + number,
         stop=tuple(text for text in given["until"] if text),
     )
+
+
+def llm_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `LLM`, of `model_args` with a recipe's keys.
+
+    Raises:
+        ValueError: unknown keys, values that they do not take.
+    """
+    return asdict(parse(LLMConfig, _nested(values)))
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`a.b=c` as groups; a word for the group of attention is its kind, as in a recipe."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "attention" and isinstance(value, str):
+            key = "attention.kind"
+        *groups, name = key.split(".")
+        inner = found
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return found
