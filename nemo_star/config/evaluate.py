@@ -73,6 +73,9 @@ class EvaluateConfig(LLMConfig):
     """Of the samples."""
     variant: Literal["ruler", "star_paper"] = "ruler"
     """RULER's tasks as it has them, or as the code of the Star Attention paper has them."""
+    chat: bool = False
+    """Ask in the checkpoint's chat template, as RULER asks instruct models: the task is the user's turn, the answer's
+    first words follow the assistant's header; the template's tokens count within the length."""
     data: str | None = None
     """Folder with the essays, questions, stories and books that some tasks need."""
     input: str | None = None
@@ -89,6 +92,8 @@ class EvaluateConfig(LLMConfig):
         super().__post_init__()
         if self.output is None:
             raise ValueError("output is not set: give output=FOLDER for the samples and the report")
+        if self.chat_template:
+            raise ValueError("chat_template=true would leave the answer's first words to the user: give chat=true")
         for name in ("compare", "lengths") if self.input else ("compare", "tasks", "lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")

@@ -20,6 +20,7 @@ from nemo_star.config.evaluate import Contender, EvaluateConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.contexts.in_use import ContextsInUse, context_key
 from nemo_star.engine.scheduler import Question, Scheduler
+from nemo_star.evaluation.chat import in_template, template_tokens
 from nemo_star.evaluation.journal import Journal, Key
 from nemo_star.evaluation.report import write_report
 from nemo_star.evaluation.samples import Asked, given, made
@@ -93,7 +94,10 @@ class _Sweep:
         def count(text: str) -> int:
             return len(tokenizer.encode_query(text))
 
-        samples = self._samples = list((given if config.input else made)(config, count))
+        around = template_tokens(tokenizer, config.chat_template_kwargs) if config.chat else 0
+        samples = self._samples = list(
+            given(config, count) if config.input else made(config, count, template_tokens=around)
+        )
         if not samples:
             raise ValueError(f"input={config.input} holds no samples")
         longest = max(samples, key=lambda asked: asked.length)
@@ -137,7 +141,7 @@ class _Sweep:
         )
         asked: dict[int, Asked] = {}
         for sample in samples:
-            context, query = llm.ids_on_replica([("context", sample.context), ("query", sample.query)])
+            context, query = self._ids(llm, sample)
             params = SamplingParams(max_tokens=sample.max_tokens, stop=self._config.inference.end_strings)
             ids = array("i", context)
             # Each text is its own owner: none starts from another's first blocks, so prefill is timed as a whole.
@@ -153,6 +157,17 @@ class _Sweep:
                     lines.append((sample, line))
                 contexts.let_go(question.work)
         return lines
+
+    def _ids(self, llm: OpenedModel, sample: Asked) -> list[list[int]]:
+        """Of context and query, tokenized by this rank's replica for itself."""
+        if not self._config.chat:
+            return llm.ids_on_replica([("context", sample.context), ("query", sample.query)])
+
+        def in_chat() -> list[list[int]]:
+            assert llm.tokenizer is not None
+            return list(in_template(llm.tokenizer, sample, self._config.chat_template_kwargs))
+
+        return on_first_rank(in_chat, llm.groups.replica)
 
     def _line(self, llm: OpenedModel, question: Question, sample: Asked) -> dict[str, Any] | None:
         if question.work.error is not None:

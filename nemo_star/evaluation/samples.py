@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.evaluation.metrics import METRICS
+from nemo_star.evaluation.task import Task
 from nemo_star.evaluation.tasks import samples, tasks
 
 TOKENS_OF_GIVEN = 128
@@ -30,14 +31,19 @@ class Asked:
     outputs: list[str]
     max_tokens: int
     metric: str = METRIC_OF_GIVEN
+    answer_prefix: str = ""
+    """The answer's first words, with which the query ends."""
 
     def score(self, prediction: str) -> float:
         """0 to 100, by the task's metric."""
         return METRICS[self.metric](prediction, self.outputs, self.query)
 
 
-def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+def made(config: EvaluateConfig, count_tokens: Callable[[str], int], *, template_tokens: int = 0) -> Iterator[Asked]:
     """Samples of the tasks, length by length.
+
+    Args:
+        template_tokens: of a chat template, which count within the length.
 
     Raises:
         ValueError: a task that is not known, files of it that are not there, a length that is too short.
@@ -51,7 +57,13 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
         for name in config.tasks:
             task = known[name]
             for sample in samples(
-                task, tokens=length, count=config.samples, seed=config.seed, count_tokens=count_tokens, data=data
+                task,
+                tokens=length,
+                count=config.samples,
+                seed=config.seed,
+                count_tokens=count_tokens,
+                data=data,
+                template_tokens=template_tokens,
             ):
                 yield Asked(
                     str(sample.id),
@@ -62,7 +74,14 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
                     list(sample.outputs),
                     task.tokens_to_generate,
                     task.metric,
+                    _prefix(sample.query, task),
                 )
+
+
+def _prefix(query: str, task: Task) -> str:
+    """Found as RULER's scripts find it, by its first ten characters."""
+    at = query.rfind(task.answer_prefix[:10])
+    return query[at:] if at > 0 else ""
 
 
 def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
@@ -95,4 +114,5 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             max_tokens, metric = TOKENS_OF_GIVEN, METRIC_OF_GIVEN
             if task in known:
                 max_tokens, metric = known[task].tokens_to_generate, known[task].metric
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric)
+            prefix = _prefix(query, known[task]) if task in known else ""
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric, prefix)

@@ -79,12 +79,14 @@ class Setting:
     """What a user asks for."""
 
     tokens: int
-    """Target: tokens of a prompt and tokens to generate."""
+    """Target: tokens of a prompt, tokens to generate, and those of a chat template."""
     seed: int
     count_tokens: Callable[[str], int]
     data: Path | None
     split: Callable[[str], list[str]] = field(default=split_sentences)
     """Sentences of essays and books."""
+    template_tokens: int = 0
+    """What a chat template puts around each prompt; RULER's model_template_token."""
 
 
 class Family(ABC):
@@ -94,7 +96,7 @@ class Family(ABC):
         self.task = task
         self.setting = setting
         self.rng = random.Random(setting.seed)
-        self.room = setting.tokens
+        self.room = setting.tokens - setting.template_tokens
         self.generate = task.tokens_to_generate
 
     @abstractmethod

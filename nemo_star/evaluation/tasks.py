@@ -39,6 +39,7 @@ def samples(
     count_tokens: Callable[[str], int],
     data: Path | None = None,
     split: Callable[[str], list[str]] = split_sentences,
+    template_tokens: int = 0,
 ) -> Iterator[Sample]:
     """Prompts of a task, as long as its haystack allows: prompt and `task.tokens_to_generate` are at most `tokens`.
 
@@ -48,13 +49,14 @@ def samples(
         count_tokens: tokens of a text, without a beginning-of-text token.
         data: folder with the files that some tasks take.
         split: sentences of an essay or a book; NLTK's `sent_tokenize` makes RULER's prompts.
+        template_tokens: that a chat template adds to each prompt; they count within the target.
 
     Raises:
         ValueError: a file or package that the task takes is missing, says where it is; the target is too short.
     """
     if count < 0 or tokens < 1:
         raise ValueError(f"{count} samples of {tokens} tokens: both must be positive")
-    family = task.family(task, Setting(tokens, seed, count_tokens, data, split))
+    family = task.family(task, Setting(tokens, seed, count_tokens, data, split, template_tokens))
     return (
         Sample(
             id=f"{task.name}-{index}",

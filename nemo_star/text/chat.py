@@ -19,6 +19,7 @@ def split_messages(
     *,
     template_kwargs: Mapping[str, Any] | None = None,
     continue_final_message: bool = False,
+    answer_prefix: str = "",
 ) -> tuple[list[int], list[int]]:
     """Token ids of context and query of a conversation.
 
@@ -30,6 +31,7 @@ def split_messages(
         messages: {"role", "content"}, as `read_messages` takes them.
         template_kwargs: further variables of the template, such as enable_thinking.
         continue_final_message: the last message is the assistant's, and the answer goes on with it.
+        answer_prefix: text right after the generation prompt, whatever the template would make of its blanks.
 
     Raises:
         ValueError: no tokenizer or template, messages or variables that they do not take, a query not to be found.
@@ -47,7 +49,7 @@ def split_messages(
         text, at = template.before(chat, place.message)
     else:
         text, at = template.within(chat, place.message, place.character, after=place.after)
-    return tokenizer.encode_cut(text, at)
+    return tokenizer.encode_cut(text + answer_prefix, at)
 
 
 class _Template:

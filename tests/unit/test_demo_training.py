@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 TASKS = ("needles", "old", "vt", "cwe", "fwe")
 STAGES = (
     Stage((192,), {"needles": 1}, 3, 1e-3, tokens=384),
-    Stage((512,), {task: 1 for task in TASKS}, 2, 1e-3, tokens=1024, skip_to=4096),
+    Stage((512,), dict.fromkeys(TASKS, 1), 2, 1e-3, tokens=1024, skip_to=4096),
 )
 
 
@@ -47,14 +47,15 @@ def test_kept_words_are_not_trained_on():
 def test_a_sequence_has_its_length_and_answers_and_copies_what_it_is_linked_to(pieces, task):
     for sequence in made(pieces, task, skip_to=8192):
         assert len(sequence.ids) == len(sequence.positions) == 512
-        assert sequence.positions == sorted(set(sequence.positions)) and sequence.positions[-1] < 8192
+        assert sequence.positions == sorted(set(sequence.positions))
+        assert sequence.positions[-1] < 8192
         predicted = dict(sequence.answers)
         assert EOS in predicted.values()
         assert all(predicted[place] == sequence.ids[place + 1] for place in predicted)
         text = [sequence.pieces._tokenizer.id_to_token(token) for token in sequence.ids]
         for place, targets in sequence.links.get("source", []):
             copied = {text[target] for target in targets}
-            assert copied == {text[place + 1]} or copied == {"."}  # where a number ends
+            assert copied in ({text[place + 1]}, {"."})  # a number ends where its full stop is
         for place, targets in [link for links in sequence.links.values() for link in links]:
             assert all(target <= place for target in targets)
 

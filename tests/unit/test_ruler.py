@@ -73,6 +73,7 @@ def test_prompts_are_those_of_the_official_scripts(case, data):
         seed=case["seed"],
         count=len(wanted),
         count_tokens=count,
+        template_tokens=case.get("template_tokens", 0),
     )
     prompts = [sample.context + sample.query for sample in found]
     assert [len(prompt) for prompt in prompts] == [prompt["characters"] for prompt in wanted]

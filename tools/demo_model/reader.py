@@ -16,11 +16,9 @@ from demo_model.words import words
 from nemo_star.evaluation.needles import NeedleDocument, fit_document, question
 from nemo_star.evaluation.ruler.catalog import tasks
 from nemo_star.evaluation.ruler.common_words import CommonWords
-from nemo_star.evaluation.ruler.frequent_words import FrequentWords
 from nemo_star.evaluation.ruler.niah import Niah
 from nemo_star.evaluation.ruler.sources import WordPairs
-from nemo_star.evaluation.ruler.task import Family, Setting
-from nemo_star.evaluation.ruler.variable_tracking import VariableTracking
+from nemo_star.evaluation.task import Family, Setting
 
 QUESTION_ROOM = 64
 """Tokens left free behind a document, for the question and its answer."""
@@ -107,12 +105,9 @@ def write_ruler_prompts(
 
 def _with_kept_words(name: str, setting: Setting) -> Family:
     task, kept = tasks()[name], words(kept=True)
-    if task.family == "niah":
-        niah = Niah(task, setting)
-        niah.pairs = WordPairs(kept.adjectives, kept.nouns)
-        return niah
-    if task.family == "cwe":
-        common = CommonWords(task, setting)
-        common.words = sorted({*kept.nouns, *kept.adjectives, *kept.verbs})
-        return common
-    return VariableTracking(task, setting) if task.family == "vt" else FrequentWords(task, setting)
+    family = task.family(task, setting)
+    if isinstance(family, Niah):
+        family.pairs = WordPairs(kept.adjectives, kept.nouns)
+    elif isinstance(family, CommonWords):
+        family.words = sorted({*kept.nouns, *kept.adjectives, *kept.verbs})
+    return family

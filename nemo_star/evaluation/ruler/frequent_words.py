@@ -32,7 +32,7 @@ class FrequentWords(RulerFamily):
 
     def __init__(self, task: RulerTask, setting: Setting) -> None:
         super().__init__(task, setting)
-        self.limit = setting.tokens - (0 if task.star_paper else self.generate)
+        self.limit = self.room - (0 if task.star_paper else self.generate)
         self.step = self.limit // 32
         if self.limit // 50 <= ANSWERS:
             raise ValueError(f"{task.name}: {setting.tokens} tokens are too few for {ANSWERS} answers; give more")

@@ -88,7 +88,8 @@ class VariableTracking(Assignments):
         """An answered prompt of at most 500 tokens; the same random numbers go on."""
         star = self.task.star_paper
         family = Assignments(self.task, self.setting, self.numbers, shot=True)
-        family.rng, family.room, family.step, family.probe = self.rng, SHOT_TOKENS, 5, 5
+        family.rng, family.step, family.probe = self.rng, 5, 5
+        family.room = SHOT_TOKENS - self.setting.template_tokens
         family.generate = self.generate if star else 0
         self.names = (prompt := draw_sample(family, find_size(family), 0)).outputs
         return f"{prompt.text} {' '.join(self.names)}\n" + ("\n" if star else "")
