@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.evaluation import ruler
 from nemo_star.evaluation.ruler.metrics import string_match_all, string_match_part
+from nemo_star.text.ids import Text
 
 TOKENS_OF_GIVEN = 128
 """Generated for a given sample whose task is not known."""
@@ -24,12 +25,14 @@ class Asked:
     task: str
     length: int
     """Of the sweep; of a given sample the smallest one that is not below its own, or the largest."""
-    context: str
-    query: str
+    context: Text
+    query: Text
     outputs: list[str]
     max_tokens: int
     best_of: bool = False
     """One of the outputs is right, not all of them."""
+    answer: Text | None = None
+    """That is given for a comparison of distributions (`nemo-star fidelity`)."""
 
     def score(self, prediction: str) -> float:
         """0 to 100, by RULER's metrics."""
@@ -66,8 +69,13 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
                 )
 
 
-def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+def given(
+    config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_outputs: bool = True
+) -> Iterator[Asked]:
     """The samples of a file.
+
+    Args:
+        needs_outputs: they are to be scored.
 
     Raises:
         ValueError: a line that is none, by its number.
@@ -79,11 +87,15 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             try:
                 fields = json.loads(line)
                 identity, task = str(fields["id"]), str(fields.get("task", "given"))
-                context, query, outputs = fields["context"], fields["query"], fields["outputs"]
+                context, query, answer = fields["context"], fields["query"], fields.get("answer")
+                outputs = fields["outputs"] if needs_outputs else fields.get("outputs", [])
                 if not (isinstance(context, str) and isinstance(query, str) and context and query):
                     raise ValueError("context and query must be texts")
-                if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in outputs):
+                texts = isinstance(outputs, list) and all(isinstance(text, str) for text in outputs)
+                if not texts or (needs_outputs and not outputs):
                     raise ValueError("outputs must be a list of texts")
+                if answer is not None and not (isinstance(answer, str) and answer):
+                    raise ValueError("answer must be a text")
             except KeyError as error:
                 raise ValueError(f"input={config.input}, line {number} has no field {error}") from None
             except (ValueError, TypeError, AttributeError) as error:
@@ -95,4 +107,4 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             length = min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
             max_tokens = known[task].tokens_to_generate if task in known else TOKENS_OF_GIVEN
             best_of = task in known and known[task].metric == "part"
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of)
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, best_of, answer)

@@ -43,3 +43,20 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
     rest = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(means), (rest, 1 - rest))
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation of paired values, ties having their mean rank (Spearman 1904); None where one side does not
+    vary, or there are fewer than three pairs."""
+    ranks = [_ranks(values) for values in (first, second)]
+    if len(ranks[0]) < 3 or any(np.ptp(of_one) == 0 for of_one in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """From 1; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    mean: np.ndarray = (last - (counts - 1) / 2)[place]
+    return mean
