@@ -20,8 +20,8 @@ class FidelityConfig(EvaluateConfig):
     samples: int = 20
     """Of each task, or text, at each length."""
     input: str | None = None
-    """JSON lines {"id", "task", "context", "query"} instead of tasks; with "answer" (a text) that is the teacher, else what
-    dense attention answers; with "outputs", where one of them stands in the context is looked up."""
+    """JSON lines {"id", "task", "context", "query"} instead of tasks; with "answer" (a text) that is the teacher, else
+    what dense attention answers; with "outputs" of one text, its place in the context is looked up."""
     texts: tuple[str, ...] = ()
     """Plain text files instead of tasks, cut into pieces of each length: context, query and answer are the text."""
     query_tokens: int = 32
@@ -33,6 +33,9 @@ class FidelityConfig(EvaluateConfig):
     sink_samples: int = 4
     """Samples of each task at each length in which attention on a block's first tokens is measured, with and without an
     anchor (which takes a further prefill for each block size)."""
+    tolerance: float = 10.0
+    """Answers of 100 that may change: a block size is `safe` where the 95% interval says that no more do, `not safe`
+    where it says that more do, else `at the edge`. For answers that were given, a tenth of it, of tokens."""
     scores: str | None = None
     """Folder that `nemo-star evaluate` wrote for the same samples: fidelity is compared with its scores."""
 
@@ -45,6 +48,8 @@ class FidelityConfig(EvaluateConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.sink_samples < 0:
             raise ValueError(f"sink_samples={self.sink_samples} must be at least 0")
+        if not 0 < self.tolerance < 100:
+            raise ValueError(f"tolerance={self.tolerance} must be above 0 and below 100")
         if self.texts and self.query_tokens + self.answer_tokens >= min(self.lengths):
             raise ValueError(
                 f"query_tokens={self.query_tokens} and answer_tokens={self.answer_tokens} leave no context of "

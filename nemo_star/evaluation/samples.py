@@ -69,9 +69,7 @@ def made(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator
                 )
 
 
-def given(
-    config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_outputs: bool = True
-) -> Iterator[Asked]:
+def given(config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_outputs: bool = True) -> Iterator[Asked]:
     """The samples of a file.
 
     Args:

@@ -87,7 +87,8 @@ class Measurement:
         self._attend_in_one_block(tokens)
         with observed(state, take, rows):
             reference = llm.engine.encode(sample.context)
-        if sample.answer is None:
+        is_given = sample.answer is not None
+        if not is_given:
             sample = dataclasses.replace(sample, answer=self._answer(reference, sample.query, params))
         found = {}
         for name, settings in self._contenders.items():
@@ -95,7 +96,7 @@ class Measurement:
             line |= self._lost(lost[name], blocks[name], rows)
             if sinks:
                 line["first_tokens"] = self._first_tokens(firsts[name], settings, blocks[name], sample.context, rows)
-            found[name] = {"context_tokens": tokens, "query_tokens": len(sample.query), **line}
+            found[name] = {"context_tokens": tokens, "query_tokens": len(sample.query), "given": is_given, **line}
         return found
 
     def _blocks(self, settings: AttentionConfig, tokens: int) -> tuple[Block, ...]:
@@ -163,11 +164,10 @@ class Measurement:
     ) -> Line:
         """By variant and layer: the mass on each of a block's first tokens, then on the context's."""
         llm = self._llm
-        found = {"dense": dense}
-        for variant, changed in (
-            ("anchor", settings),
-            ("no anchor", dataclasses.replace(settings, anchor_size=0)),
-        ):
+        found, variants = {"dense": dense}, {"no anchor": dataclasses.replace(settings, anchor_size=0)}
+        if settings.anchor_size != 0:
+            variants["anchor"] = settings
+        for variant, changed in variants.items():
             found[variant] = Reading(partial(first_tokens, blocks=blocks))
             llm.attend_by(changed)
             with observed(llm.engine.state, found[variant], rows):
@@ -175,7 +175,10 @@ class Measurement:
         count = sum(_count(rows, start + first, stop) for (start, stop), first in later_spans(blocks))
         means = {name: self._gathered(reading).mean(dim=1) / max(1, count) for name, reading in found.items()}
         return {
-            variant: {"block": _rounded(mean[:, :FIRST_TOKENS].tolist()), "start": _rounded(mean[:, FIRST_TOKENS:].tolist())}
+            variant: {
+                "block": _rounded(mean[:, :FIRST_TOKENS].tolist()),
+                "start": _rounded(mean[:, FIRST_TOKENS:].tolist()),
+            }
             for variant, mean in means.items()
         }
 

@@ -24,7 +24,7 @@ from nemo_star.llm.opened import OpenedModel
 from nemo_star.parallel.groups import gather_objects, on_first_rank
 from nemo_star.runtime.machine import machine
 
-_NOT_OF_THE_SWEEP = ("output", "resume", "overwrite", "parallel", "cache", "cache_dir", "verify", "scores")
+_NOT_OF_THE_SWEEP = ("output", "resume", "overwrite", "parallel", "cache", "cache_dir", "verify", "scores", "tolerance")
 Found = list[tuple[Asked, dict[str, Line]]]
 
 
@@ -155,10 +155,17 @@ class _Fidelity:
         self._bar.close()
         about = ", ".join(f"{name} {value}" for name, value in machine().items())
         about = f"Checkpoint {self._config.checkpoint}; {about}."
-        print(write_report(self._folder, self._journal.lines, list(self._contenders), self._scores, about=about))
+        print(
+            write_report(
+                self._folder,
+                self._journal.lines,
+                list(self._contenders),
+                self._scores,
+                about=about,
+                tolerance=self._config.tolerance,
+            )
+        )
 
     @staticmethod
     def _key(name: str, asked: Asked) -> Key:
         return name, asked.task, asked.length, asked.id
-
-

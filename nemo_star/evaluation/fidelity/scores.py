@@ -95,12 +95,14 @@ def correlations(lines: Mapping[Key, Line], scores: Scores) -> list[tuple[str, f
     return found
 
 
-def largest_loss(lines: Mapping[Key, Line], scores: Scores) -> list[tuple[str, int, float, float]]:
+def largest_losses(lines: Mapping[Key, Line], scores: Scores) -> list[tuple[str, int, float, float]]:
     """(contender, length, points of 100 below dense, share of changed answers in points): the first is at most the
     second, where the teacher is dense attention's own answer."""
     found = []
     for point in points(lines, scores):
-        dense = [scores[DENSE, *key[1:]]["score"] for key in lines if key[0] == point.contender and key[2] == point.length]
+        dense = [
+            scores[DENSE, *key[1:]]["score"] for key in lines if key[0] == point.contender and key[2] == point.length
+        ]
         if point.contender != DENSE and dense:
             lost = statistics.fmean(dense) - point.score
             found.append((point.contender, point.length, lost, 100 * (1 - point.fidelity["answers kept"])))
