@@ -17,8 +17,8 @@ class FidelityConfig(EvaluateConfig):
     method with one block."""
     block_sizes: tuple[int | str, ...] = ("n/2", "n/4", "n/8", "n/16")
     """Each of these, in tokens or as a part of the length (n/4); none: attention.block_size."""
-    samples: int = 20
-    """Of each task, or text, at each length."""
+    samples: int = 40
+    """Of each task, or text, at each length: with fewer, intervals are too wide to call anything safe."""
     input: str | None = None
     """JSON lines {"id", "task", "context", "query"} instead of tasks; with "answer" (a text) that is the teacher, else
     what dense attention answers; with "outputs" of one text, its place in the context is looked up."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,24 +73,25 @@ def _heads(table: Table) -> Figure:
         image = axis.imshow(lost, vmin=0, vmax=100, cmap="viridis", aspect="auto", extent=extent)
         axis.set_title(contender, fontsize=9)
         axis.set(xlabel="head", ylabel="layer")
+        for one in (axis.xaxis, axis.yaxis):
+            one.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[0, -1], label="lost mass, percent")
     return figure
 
 
 def _first_tokens(table: Table) -> Figure:
-    """Attention on the first tokens of a block, and of the context, by run."""
-    contenders = _contenders(table)
+    """Attention on the first tokens of a block, and of the context, by run; of methods with an anchor, if there are."""
+    contenders = _contenders(table.where(variant="anchor")) or _contenders(table)
     figure, axes = _figure(len(contenders), 2, width=3.2, height=2.8)
     places = {"block": "token of the block", "start": "token of the context (the anchor)"}
     for column, contender in enumerate(contenders):
         for row, (where, title) in enumerate(places.items()):
             axis = axes[row, column]
             for variant, line in _LINES.items():
-                mine = table.where(contender=contender, variant=variant, where=where)
-                tokens = sorted(set(mine.column("token")))
-                mass = [statistics.fmean(mine.where(token=token).column("mass")) for token in tokens]
-                if any(mass):  # what is not seen has no place on a logarithmic scale
-                    axis.plot(tokens, mass, line, markersize=3, linewidth=1, label=_RUNS[variant])
+                mass = table.where(contender=contender, variant=variant, where=where).means("token", "mass")
+                if any(mass.values()):  # what is not seen has no place on a logarithmic scale
+                    label = _RUNS[variant]
+                    axis.plot(list(mass), list(mass.values()), line, markersize=3, linewidth=1, label=label)
             axis.set(yscale="log", xlabel=title)
         axes[0, column].set_title(contender, fontsize=9)
     axes[0, 0].legend(fontsize=7)
@@ -102,12 +102,13 @@ def _first_tokens(table: Table) -> Figure:
 
 def _scores(table: Table) -> Figure:
     """Scores against each measure."""
-    first = table.titles.index("score") + 1
-    figure, axes = _figure(len(table.titles) - first, width=3.2)
-    for axis, measure in zip(axes[0], table.titles[first:], strict=True):
-        axis.plot(table.column(measure), table.column("score"), "o")
-        for contender, x, y in zip(*map(table.column, ("contender", measure, "score")), strict=True):
-            axis.annotate(contender, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+    measures = table.titles[table.titles.index("score") + 1 :]
+    figure, axes = _figure(len(measures), width=3.2)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for number, contender in enumerate(_contenders(table)):
+            mine = table.where(contender=contender)
+            axis.plot(mine.column(measure), mine.column("score"), "osD^v"[number % 5], label=contender)
         axis.set(xlabel=measure)
     axes[0, 0].set_ylabel("score")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return figure

@@ -39,7 +39,7 @@ def write_report(
     """
     tables = collect(lines, contenders, scores, tolerance)
     sections = [f"# Fidelity to dense attention\n\n{about}\n", *_summary(tables["summary"], tolerance)]
-    sections += [*_positions(tables["positions"]), *_blocks(tables["blocks"]), *_heads(tables["heads"])]
+    sections += [*_positions(tables["positions"]), *_blocks(tables["blocks"], lines), *_heads(tables["heads"])]
     if "first_tokens" in tables:
         sections += _first_tokens(tables["first_tokens"])
     if scores:
@@ -66,7 +66,8 @@ def _summary(table: Table, tolerance: float) -> Iterator[str]:
         "Dense attention's answer, or the one given, runs on both. Kept: answers of 100 with the same likeliest "
         "token everywhere; decoded greedily they come out the same, so that no score of dense attention's own answers "
         "can fall by more points than answers change. Agreement: tokens of 100; KL(dense || method): nats a token; "
-        "lost: percent of dense attention's mass, in blocks after the first, on tokens that the method does not see. "
+        "lost: percent of dense attention's mass, in blocks after the first and layers before the last, on tokens that "
+        "the method does not see. "
         f"Intervals of 95%. Safe: no more than {tolerance:g} answers of 100 change, or of given answers "
         f"{tolerance / 10:g} tokens of 100; not safe: more do; at the edge: the samples do not tell."
     )
@@ -120,29 +121,40 @@ def _octave(number: int) -> str:
     return str(last) if first >= last else f"{first}-{last}"
 
 
-def _blocks(table: Table) -> Iterator[str]:
+def _blocks(table: Table, lines: Mapping[Key, Line]) -> Iterator[str]:
+    """The first block, and quarters of all; blocks.csv has each."""
+    both = [line for line in lines.values() if line["known_block"] is not None]
+    same = sum(line["known_block"] == line["block"] for line in both)
     yield (
-        "\n## By block\n\nBy the block that holds what is asked for, where its place is known, and by the block with "
-        "most of dense attention's mass while it answers (blocks.csv).\n"
+        "\n## By block\n\nAnswers kept of 100 (samples), by the block that holds what is asked for, where its place is "
+        "known, and by the one with most of dense attention's mass while it answers: the first block, then quarters of "
+        f"all blocks. Both name the same block in {same} of {len(both)} cases (blocks.csv).\n"
     )
-    rows = [
-        (length, contender, by, block, samples, f"{kept:.0f}", f"{agreement:.1f}", f"{kl:.2g}")
-        for contender, length, by, block, samples, kl, agreement, kept in table.rows
-    ]
-    yield from _table(("tokens", "attention", "by", "block", "samples", "kept", "agreement", "KL"), rows, texts=3)
+    rows = []
+    keys = zip(*(table.column(name) for name in ("length", "contender", "by")), strict=True)
+    for length, contender, by in dict.fromkeys(keys):
+        cells: list[list[tuple[int, float]]] = [[] for _ in range(5)]
+        for _, _, _, block, blocks, samples, _, _, kept in table.where(length=length, contender=contender, by=by).rows:
+            cells[0 if block == 1 else 1 + 4 * (block - 1) // blocks].append((samples, kept))
+        counts = [sum(samples for samples, _ in cell) for cell in cells]
+        means = [sum(samples * kept for samples, kept in cell) for cell in cells]
+        shown = [f"{mean / count:.0f} ({count})" if count else "" for mean, count in zip(means, counts, strict=True)]
+        rows.append((length, contender, by, *shown))
+    titles = ("tokens", "attention", "by", "block 1", "first quarter", "second", "third", "last")
+    yield from _table(titles, rows, texts=3)
 
 
 def _heads(table: Table) -> Iterator[str]:
     yield (
         "\n## Attention mass lost\n\nPercent of dense attention's mass that the mask hides in blocks after the first: "
         f"by layer, and of the {TOP_HEADS} heads that look across blocks most, layer.head (heads.csv, "
-        "lost_by_block.csv, heads.png).\n"
+        "lost_by_block.csv, heads.png). In prefill nobody reads what the last layer gives.\n"
     )
     layers = sorted(set(table.column("layer")))
     rows = []
     for length, contender in dict.fromkeys(zip(table.column("length"), table.column("contender"), strict=True)):
         mine = table.where(length=length, contender=contender)
-        by_layer = [f"{statistics.fmean(mine.where(layer=layer).column('lost')):.1f}" for layer in layers]
+        by_layer = [f"{lost:.1f}" for lost in mine.means("layer", "lost").values()]
         top = ", ".join(f"{layer}.{head}: {lost:.0f}" for _, _, layer, head, lost in mine.rows[:TOP_HEADS] if lost > 0)
         rows.append((length, contender, top, *by_layer))
     yield from _table(("tokens", "attention", "heads", *(f"layer {layer}" for layer in layers)), rows, texts=3)
@@ -159,11 +171,8 @@ def _first_tokens(table: Table) -> Iterator[str]:
     keys = zip(*(table.column(name) for name in ("length", "contender", "variant")), strict=True)
     for length, contender, variant in dict.fromkeys(keys):
         mine = table.where(length=length, contender=contender, variant=variant)
-        mass = [
-            statistics.fmean(mine.where(where="block", token=token).column("mass"))
-            for token in range(1, FIRST_TOKENS + 1)
-        ]
-        start = statistics.fmean(mine.where(where="start", token=1).column("mass"))
+        mass = list(mine.where(where="block").means("token", "mass").values())
+        start = mine.where(where="start").means("token", "mass")[1]
         others = statistics.fmean(mass[1:])
         times = f"{mass[0] / others:.1f}" if others else ""
         rows.append((length, contender, variant, f"{mass[0]:.2g}", f"{others:.2g}", times, f"{start:.2g}"))

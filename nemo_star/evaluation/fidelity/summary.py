@@ -33,8 +33,9 @@ def is_kept(line: Line) -> int:
 
 
 def lost_mass(line: Line) -> float:
-    """Share, over all layers and heads."""
-    return statistics.fmean(value for layer in line["lost"] for value in layer)
+    """Share, over the heads of all layers but the last: nobody reads what that one gives in prefill."""
+    layers = line["lost"][:-1] or line["lost"]
+    return statistics.fmean(value for layer in layers for value in layer)
 
 
 MEASURES: dict[str, Callable[[Line], float]] = {

@@ -26,6 +26,13 @@ class Table:
         place = self.titles.index(title)
         return [row[place] for row in self.rows]
 
+    def means(self, by: str, of: str) -> dict[Any, float]:
+        """Mean of one column for each value of another, in order of these."""
+        values: dict[Any, list[float]] = {}
+        for key, value in zip(self.column(by), self.column(of), strict=True):
+            values.setdefault(key, []).append(value)
+        return {key: statistics.fmean(values[key]) for key in sorted(values)}
+
     def where(self, **values: Any) -> Table:
         """The rows that have these values."""
         places = {self.titles.index(name): value for name, value in values.items()}
@@ -50,7 +57,7 @@ def collect(lines: Mapping[Key, Line], contenders: Sequence[str], scores: Scores
             list(_positions(lines, contenders)),
         ),
         "blocks": Table(
-            ("contender", "length", "by", "block", "samples", "kl", "agreement", "kept"),
+            ("contender", "length", "by", "block", "blocks", "samples", "kl", "agreement", "kept"),
             list(_blocks(lines, contenders)),
         ),
         "heads": Table(("contender", "length", "layer", "head", "lost"), list(_heads(lines, contenders))),
@@ -121,7 +128,8 @@ def _blocks(lines: Mapping[Key, Line], contenders: Iterable[str]) -> Iterator[tu
                 here = [line for line in mine if line[name] == block]
                 means = (MEASURES["mean KL"], MEASURES["top-1 agreement"], MEASURES["answers kept"])
                 kl, agreement, kept = (statistics.fmean(map(measure, here)) for measure in means)
-                yield contender, length, by, block + 1, len(here), kl, 100 * agreement, 100 * kept
+                blocks = max(line["blocks"] for line in mine)
+                yield contender, length, by, block + 1, blocks, len(here), kl, 100 * agreement, 100 * kept
 
 
 def _heads(lines: Mapping[Key, Line], contenders: Iterable[str]) -> Iterator[tuple[Any, ...]]:
