@@ -50,6 +50,8 @@ class FidelityConfig(EvaluateConfig):
             raise ValueError(f"sink_samples={self.sink_samples} must be at least 0")
         if not 0 < self.tolerance < 100:
             raise ValueError(f"tolerance={self.tolerance} must be above 0 and below 100")
+        if self.texts and self.scores:
+            raise ValueError("scores is of tasks, and texts has none: leave one of them out")
         if self.texts and self.query_tokens + self.answer_tokens >= min(self.lengths):
             raise ValueError(
                 f"query_tokens={self.query_tokens} and answer_tokens={self.answer_tokens} leave no context of "

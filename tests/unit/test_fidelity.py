@@ -168,6 +168,9 @@ def test_scores_of_other_samples_are_refused(scored, tmp_path):
     lines[key] = line([1, 1], context=901)
     with pytest.raises(ValueError, match="another context"):
         points(lines, read_scores(folder, {"seed": 1}))
+    others = {("star n/3", *rest): value for (_, *rest), value in lines.items()}
+    with pytest.raises(ValueError, match="of these methods: star n/3"):
+        points(others, read_scores(folder, {"seed": 1}))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,7 @@ def test_scores_of_other_samples_are_refused(scored, tmp_path):
         ({"compare": ("dense",)}, "dense gives what dense attention gives"),
         ({"compare": ("star+decode:sharded",)}, "parallel.decode"),
         ({"input": "a", "texts": ("b",)}, "input and texts are both set"),
+        ({"texts": ("b",), "scores": "c"}, "texts has none"),
         ({"rows": 0}, "rows=0"),
         ({"tolerance": 0}, "tolerance=0"),
         ({"texts": ("b",), "lengths": (96,)}, "leave no context of lengths=96"),

@@ -53,6 +53,9 @@ def points(lines: Mapping[Key, Line], scores: Scores) -> list[Point]:
     Raises:
         ValueError: the scores are of other samples.
     """
+    if not any(key in scores for key in lines):
+        names = sorted({key[0] for key in lines})
+        raise ValueError(f"scores: no sample there is one of these, of these methods: {', '.join(names)}")
     found = []
     for length in sorted({key[2] for key in lines}):
         of_length = [key for key in lines if key[2] == length and key in scores]
