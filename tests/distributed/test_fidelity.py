@@ -166,9 +166,10 @@ def test_lost_mass_is_that_of_transformers(done, family, layout, contender):
     by_block = torch.stack([part.mean((1, 2)) for part in lost.split(block, dim=2)], dim=1)
     torch.testing.assert_close(torch.tensor(line["lost_by_block"]).double(), by_block, atol=TOLERANCE, rtol=1e-4)
     assert (by_head.max() > 0.1) == (contender != "one block")
-    attention = oracle.run(CONTEXT, CONTEXT)[1][:, :, CONTEXT + QUERY - 1 : -1, :CONTEXT].sum((0, 1, 2))
+    attention = oracle.run(CONTEXT, CONTEXT)[1][:, :, CONTEXT + QUERY - 1 : -1, :CONTEXT].mean((0, 1, 2))
     attention[: min(FIRST, block)] = 0
     sums = torch.stack([part.sum() for part in attention.split(block)])
+    torch.testing.assert_close(torch.tensor(line["mass_by_block"]).double(), sums, atol=TOLERANCE, rtol=1e-4)
     assert line["block"] == int(sums.argmax())
     assert line["known_block"] == 33 // block
     assert line["blocks"] == len(sums)

@@ -133,13 +133,14 @@ class Measurement:
                     logits = engine.decode([(sequence, next_tokens) for sequence in sequences], scored=(0, 1))
                 if logits is not None:
                     found.add(*logits.split(len(next_tokens)))
-        where = self._gathered(sources).sum(dim=(0, 1))
+        where = self._gathered(sources).mean(dim=(0, 1)) / len(answering)
         return {
             "kl": _rounded(of_answer.kl),
             "agree": list(map(int, of_answer.agree)),
             "query_kl": _rounded(of_query.kl),
             "query_agree": list(map(int, of_query.agree)),
             "blocks": len(blocks),
+            "mass_by_block": _rounded(where.tolist()),
             "block": int(where.argmax()),
             "known_block": None if sample.place is None else _block_at(blocks, sample.place),
         }
