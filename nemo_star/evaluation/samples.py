@@ -73,7 +73,7 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_o
     """The samples of a file.
 
     Args:
-        needs_outputs: they are to be scored.
+        needs_outputs: they are to be scored; else a line may have an answer.
 
     Raises:
         ValueError: a line that is none, by its number.
@@ -85,8 +85,9 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_o
             try:
                 fields = json.loads(line)
                 identity, task = str(fields["id"]), str(fields.get("task", "given"))
-                context, query, answer = fields["context"], fields["query"], fields.get("answer")
+                context, query = fields["context"], fields["query"]
                 outputs = fields["outputs"] if needs_outputs else fields.get("outputs", [])
+                answer = None if needs_outputs else fields.get("answer")
                 if not (isinstance(context, str) and isinstance(query, str) and context and query):
                     raise ValueError("context and query must be texts")
                 texts = isinstance(outputs, list) and all(isinstance(text, str) for text in outputs)

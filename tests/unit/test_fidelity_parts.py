@@ -232,3 +232,5 @@ def test_given_samples_need_no_outputs(tmp_path):
     file.write_text(json.dumps({"id": 1, "context": "a b", "query": "c", "answer": ["d"]}) + "\n")
     with pytest.raises(ValueError, match="line 1: answer must be a text"):
         list(given(config, len, needs_outputs=False))
+    file.write_text(json.dumps({"id": 1, "context": "a b", "query": "c", "answer": 7, "outputs": ["7"]}) + "\n")
+    assert next(given(config, len)).answer is None  # a further field of a sample that is scored
