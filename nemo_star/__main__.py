@@ -21,6 +21,7 @@ COMMANDS = {
     "benchmark-serve": "a running service under load, as its clients see it",
     "benchmark-kernels": "attention kernels of this machine against torch's own",
     "evaluate": "what attention methods cost in accuracy (torchrun for several ranks)",
+    "fidelity": "how near attention methods come to dense attention, without labels (torchrun for several ranks)",
     "harness": "tasks of lm-evaluation-harness (torchrun for several ranks)",
     "needles": "questions with known answers for generate, and their score",
     "compare-dumps": "each layer's output in two runs with debug.dump",

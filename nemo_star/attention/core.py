@@ -122,6 +122,8 @@ class CoreAttention(nn.Module):
             heads: of this rank's, those that q has.
         """
         kernel = self.state.kernel
+        if self.state.observer is not None:
+            self.state.observer.prefilled(self, q, k)
         if self.softmax_offset is None:
             return kernel.prefill(q, k, v, self.scale, self.window)
         out, lse = kernel.decode(q, k, v, self.scale, True, self.window)
@@ -164,6 +166,8 @@ class CoreAttention(nn.Module):
         partials = [_joined(over_context), _joined(over_own)]
         outs, lses = (torch.stack(tensors) for tensors in zip(*partials, strict=True))
         out, lse = merge_over_group(outs, lses, self.state.cp_group)
+        if self.state.observer is not None:
+            self.state.observer.decoded(self, q, lse, step)
         return (out if self.softmax_offset is None else with_sinks(out, lse, self.softmax_offset)).to(q.dtype)
 
     def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:

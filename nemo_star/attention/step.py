@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from nemo_star.attention.preceding import PrecedingKV
 from nemo_star.kernels.registry import Kernel
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition
+
+if TYPE_CHECKING:
+    from nemo_star.attention.core import CoreAttention
 
 
 class Handover(Protocol):
@@ -85,6 +88,18 @@ class DecodeStep:
     contexts: tuple[ContextRows, ...]
 
 
+class Observer(Protocol):
+    """Looks on while layers attend, and changes nothing: a measurement (evaluation/fidelity/mass.py)."""
+
+    def prefilled(self, layer: CoreAttention, q: torch.Tensor, k: torch.Tensor) -> None:
+        """A block attended: q [sq, b, np, hn] to k [sk, b, ng, hn], causally, aligned to the bottom right."""
+        ...
+
+    def decoded(self, layer: CoreAttention, q: torch.Tensor, lse: torch.Tensor, step: DecodeStep) -> None:
+        """Tokens attended to all keys of all cp ranks: q [sq, b, np, hn], lse [sq, b, np] over them, float32."""
+        ...
+
+
 @dataclass
 class AttentionState:
     """What the layers of one model share, and the engine steers.
@@ -106,6 +121,8 @@ class AttentionState:
     """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
     completes_prefill: bool = False
     """Whether prefill runs the last layer's attention and MLP, whose results nobody reads but a dump."""
+    observer: Observer | None = None
+    """Told of what layers attend to."""
     step: PrefillStep | DecodeStep | None = None
     query_scale: torch.Tensor | None = None
     """What the step's rotated queries are multiplied by, broadcast to [s, b, np, hn]; None: nothing."""

@@ -38,6 +38,7 @@ def in_template(
     Raises:
         ValueError: a chat template that does not give the user's text once and unchanged.
     """
+    assert isinstance(sample.query, str)
     question = sample.query.removesuffix(sample.answer_prefix)
     parts = [{"type": "text", "text": sample.context, BREAKPOINT: True}, {"type": "text", "text": question}]
     message = {"role": "user", "content": parts}

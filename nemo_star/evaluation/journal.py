@@ -56,17 +56,26 @@ class Journal:
 
     def _read(self) -> None:
         """An earlier run's lines; a torn last one is answered again."""
-        sweep = self._folder / _SWEEP_FILE
-        before = json.loads(sweep.read_text(encoding="utf-8")) if sweep.is_file() else None
+        before, self.lines, self._kept = read_journal(self._folder)
         if before != self._sweep:
-            changed = sorted(
-                name for name in {*(before or {}), *self._sweep} if (before or {}).get(name) != self._sweep.get(name)
-            )
+            changed = sorted(name for name in {*before, *self._sweep} if before.get(name) != self._sweep.get(name))
             raise ValueError(f"output={self._folder} is of a sweep with other keys: {', '.join(changed)}")
-        content = (self._folder / SAMPLES_FILE).read_bytes()
-        self._kept = content.rfind(b"\n") + 1
-        for line in _lines(content[: self._kept], self._folder):
-            self.lines[line["contender"], line["task"], line["length"], line["id"]] = line
+
+
+def read_journal(folder: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], int]:
+    """What decides the lines of a folder, its whole lines, and the bytes that they take.
+
+    Raises:
+        ValueError: a line that is none.
+    """
+    sweep, samples = folder / _SWEEP_FILE, folder / SAMPLES_FILE
+    before = json.loads(sweep.read_text(encoding="utf-8")) if sweep.is_file() else {}
+    content = samples.read_bytes() if samples.is_file() else b""
+    kept = content.rfind(b"\n") + 1
+    lines = {}
+    for line in _lines(content[:kept], folder):
+        lines[line["contender"], line["task"], line["length"], line["id"]] = line
+    return before, lines, kept
 
 
 def _lines(content: bytes, folder: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.evaluation.metrics import METRICS
 from nemo_star.evaluation.task import Task
 from nemo_star.evaluation.tasks import samples, tasks
+from nemo_star.text.ids import Text
 
 TOKENS_OF_GIVEN = 128
 """Generated for a given sample whose task is not known."""
@@ -26,16 +27,19 @@ class Asked:
     task: str
     length: int
     """Of the sweep; of a given sample the smallest one that is not below its own, or the largest."""
-    context: str
-    query: str
+    context: Text
+    query: Text
     outputs: list[str]
     max_tokens: int
     metric: str = METRIC_OF_GIVEN
     answer_prefix: str = ""
     """The answer's first words, with which the query ends."""
+    answer: Text | None = None
+    """That is given for a comparison of distributions (`nemo-star fidelity`)."""
 
     def score(self, prediction: str) -> float:
         """0 to 100, by the task's metric."""
+        assert isinstance(self.query, str)  # ids are compared only
         return METRICS[self.metric](prediction, self.outputs, self.query)
 
 
@@ -84,8 +88,11 @@ def _prefix(query: str, task: Task) -> str:
     return query[at:] if at > 0 else ""
 
 
-def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterator[Asked]:
+def given(config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_outputs: bool = True) -> Iterator[Asked]:
     """The samples of a file.
+
+    Args:
+        needs_outputs: they are to be scored; else a line may have an answer.
 
     Raises:
         ValueError: a line that is none, by its number.
@@ -97,11 +104,16 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             try:
                 fields = json.loads(line)
                 identity, task = str(fields["id"]), str(fields.get("task", "given"))
-                context, query, outputs = fields["context"], fields["query"], fields["outputs"]
+                context, query = fields["context"], fields["query"]
+                outputs = fields["outputs"] if needs_outputs else fields.get("outputs", [])
+                answer = None if needs_outputs else fields.get("answer")
                 if not (isinstance(context, str) and isinstance(query, str) and context and query):
                     raise ValueError("context and query must be texts")
-                if not isinstance(outputs, list) or not outputs or not all(isinstance(text, str) for text in outputs):
+                texts = isinstance(outputs, list) and all(isinstance(text, str) for text in outputs)
+                if not texts or (needs_outputs and not outputs):
                     raise ValueError("outputs must be a list of texts")
+                if answer is not None and not (isinstance(answer, str) and answer):
+                    raise ValueError("answer must be a text")
             except KeyError as error:
                 raise ValueError(f"input={config.input}, line {number} has no field {error}") from None
             except (ValueError, TypeError, AttributeError) as error:
@@ -115,4 +127,4 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int]) -> Iterato
             if task in known:
                 max_tokens, metric = known[task].tokens_to_generate, known[task].metric
             prefix = _prefix(query, known[task]) if task in known else ""
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric, prefix)
+            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric, prefix, answer)
