@@ -28,7 +28,8 @@ def describe_keys(cls: type, *, groups: Path) -> str:
     for base in filter(is_dataclass, cls.__mro__[1:]):  # pydantic reads the docstrings of the class's own fields only
         inherited = _schemas(base)[base.__name__]["properties"]
         for name, field in classes[cls.__name__]["properties"].items():
-            field.setdefault("description", inherited.get(name, {}).get("description", ""))
+            if described := inherited.get(name, {}).get("description"):
+                field.setdefault("description", described)
     return "\n".join(_describe_class(classes[cls.__name__], classes, "", groups))
 
 
@@ -59,6 +60,8 @@ def _type(schema: dict[str, Any]) -> str:
     """What a value of this type looks like on a command line."""
     if "enum" in schema:
         return "|".join(map(str, schema["enum"]))
+    if "anyOf" in schema:
+        return "|".join(map(_type, schema["anyOf"]))
     if schema["type"] == "array":
         return f"[{_type(schema['items'])},...]"
     return _TYPES.get(schema["type"], schema["type"])

@@ -16,6 +16,7 @@ from nemo_star.__main__ import main as nemo_star
 from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.config.compose import CONF, RECIPES, compose, quote, quote_literal
 from nemo_star.config.evaluate import EvaluateConfig
+from nemo_star.config.fidelity import FidelityConfig
 from nemo_star.config.generate import GenerateConfig
 from nemo_star.config.help import describe_keys
 from nemo_star.config.plan import PlanConfig
@@ -144,7 +145,7 @@ def test_a_new_field_is_in_the_help_without_further_work(capsys, monkeypatch):
     assert "torchrun --nproc-per-node N -m nemo_star generate [" in shown
 
 
-@pytest.mark.parametrize("config", [GenerateConfig, BenchmarkConfig, PlanConfig])
+@pytest.mark.parametrize("config", [GenerateConfig, BenchmarkConfig, PlanConfig, EvaluateConfig, FidelityConfig])
 def test_every_key_has_a_docstring(config):
     lines = describe_keys(config, groups=CONF).splitlines()
     bare = [

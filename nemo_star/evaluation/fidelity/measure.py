@@ -47,7 +47,7 @@ class Tokens:
     answer: list[int] | None
     """The teacher; None: what dense attention answers."""
     place: int | None
-    """Of the context's tokens, the one where that is what the answer is about, where it is known."""
+    """Which of the context's tokens begins what the answer is about, where that is known."""
 
 
 class Measurement:
