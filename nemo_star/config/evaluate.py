@@ -81,7 +81,8 @@ class EvaluateConfig(LLMConfig):
     """Of methods that have blocks: each of these, in tokens or as a part of the length (n/4); none:
     attention.block_size."""
     anchor_sizes: tuple[int | str, ...] = ()
-    """Of star: each of these with each block size that is no smaller; none: attention.anchor_size."""
+    """Of methods that have blocks: each of these with each block size that is no smaller; none:
+    attention.anchor_size."""
     anchors: tuple[str, ...] = ()
     """Of star: what stands in the anchor's place, CONTENT[:POSITIONS] as of attention.anchor_content and
     attention.anchor_positions, with each size that is not 0; none: as these keys say."""

@@ -19,7 +19,8 @@ class AttentionConfig:
     block_size: int | None = None
     """Tokens of one context block; None: ceil(context / 4), at most 32,768."""
     anchor_size: int | None = None
-    """Tokens of the anchor, the start of the first block; None: the block size; 0: no anchor."""
+    """Tokens of the anchor, the start of the first block; None: the block size; 0: no anchor. Of a summary: its tokens
+    at most; None: a quarter of the block size."""
     anchor: Literal["shared", "recompute"] = "shared"
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""

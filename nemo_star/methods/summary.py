@@ -86,6 +86,10 @@ class Summary(Star):
 
     # Each block sees more than the one before it: all of them differ.
 
+    def ranks_to_plan(self, context_tokens: int, cp_size: int) -> list[int]:
+        """Also the last rank but one: the last may have nothing but a short block."""
+        return sorted({*super().ranks_to_plan(context_tokens, cp_size), max(0, cp_size - 2)})
+
     def _counted(self, context_tokens: int, numbers: range) -> list[CountedBlock]:
         return [(self._block(number, context_tokens), 1) for number in numbers]
 
