@@ -26,7 +26,7 @@ from nemo_star.attention.step import AttentionState, DecodeStep, Handover, Prefi
 from nemo_star.kernels.math import attend_at
 from nemo_star.kernels.merge import with_sinks
 from nemo_star.methods.method import Method
-from nemo_star.methods.partition import Partition, Span, clipped, length
+from nemo_star.methods.partition import Block, Partition, Span, clipped, length
 
 Partial = tuple[Tensor, Tensor]
 """out [sq, b, np, hn] and lse [sq, b, np], float32: attention over some of the keys."""
@@ -100,6 +100,18 @@ class CoreAttention(nn.Module):
             cache: what this rank holds of the context already.
         """
         return None
+
+    @classmethod
+    def inputs(cls, method: Method, block: Block, context_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """What runs through the layers for a block, its own tokens last: ids [s] int32 and position ids [s] int64, on
+        CPU, `method.tokens_in_flight(block)` of them. It follows from the arguments alone: ranks ask on their own.
+
+        Args:
+            context_ids: [tokens] int32, of the whole context.
+            vocab_size: the model's.
+        """
+        positions = torch.cat([torch.arange(start, stop) for start, stop in method.in_flight(block)])
+        return context_ids[positions], positions
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
         """Attend within the context; cache K/V of the block's own tokens. Returns [sq, b, np, hn]."""

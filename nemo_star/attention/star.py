@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from nemo_star.attention.cache import KVCache, KVShape
 from nemo_star.attention.core import CoreAttention
 from nemo_star.attention.step import Handover, PrefillStep
 from nemo_star.methods.method import Method
-from nemo_star.methods.partition import Partition
+from nemo_star.methods.partition import Block, Partition
 from nemo_star.methods.star import Star
 
 
@@ -53,6 +54,23 @@ class StarAttention(CoreAttention):
             cached=None if any(block.index == 0 for block in blocks) else cache,
         )
 
+    @classmethod
+    def inputs(cls, method: Method, block: Block, context_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """[anchor | block], or the block alone; the anchor's content and positions as in the paper's ablation
+        (section 4.1, table 3)."""
+        assert isinstance(method, Star)
+        ids, positions = super().inputs(method, block, context_ids, vocab_size)
+        anchor_size = len(ids) - block.tokens
+        if not anchor_size:
+            return ids, positions
+        settings, start = method.settings, block.spans[0][0]
+        first = context_ids[:anchor_size]
+        seen = ids[:anchor_size] if settings.anchor_content == "previous" else first
+        anchor_ids = _content(settings.anchor_content, seen, vocab_size, _drawn_from(first, 0))
+        anchor_positions = _positions(settings.anchor_positions, start, anchor_size, _drawn_from(first, block.index))
+        own = slice(anchor_size, None)
+        return torch.cat((anchor_ids, ids[own])), torch.cat((anchor_positions, positions[own]))
+
     def accompany(self, step: PrefillStep, like: Tensor) -> None:
         if self.window is not None:
             assert step.preceding is not None
@@ -73,3 +91,30 @@ class StarAttention(CoreAttention):
                 anchor_k, anchor_v = step.handover.take(self.layer_number)
                 k, v = torch.cat((anchor_k, k)), torch.cat((anchor_v, v))
         return self.attend(q, k, v)
+
+
+def _content(kind: str, tokens: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """The anchor's token ids, `tokens` [A] being those that it would have; the same for every block."""
+    if kind == "constant":  # the paper's were a blank, " the" or a full stop: frequent ones
+        values, counts = tokens.unique(return_counts=True)
+        return values[counts.argmax()].expand(len(tokens))
+    if kind == "random":
+        return torch.randint(vocab_size, tokens.shape, generator=generator, dtype=tokens.dtype)
+    if kind == "shuffled":
+        return tokens[torch.randperm(len(tokens), generator=generator)]
+    return tokens
+
+
+def _positions(kind: str, start: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` position ids of the anchor of the block that starts at `start`. Random ones ascend, none twice, so that
+    the anchor's tokens keep their order."""
+    if kind == "previous":
+        return torch.arange(start - count, start)
+    if kind == "random":
+        return torch.randperm(start, generator=generator)[:count].sort().values
+    return torch.arange(count)
+
+
+def _drawn_from(tokens: Tensor, number: int) -> torch.Generator:
+    """What draws the same on all ranks and at all layouts: seeded by what the anchor would be, and a number."""
+    return torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes(), number))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from nemo_star.config.compare import Candidate
 from nemo_star.config.generate import InferenceConfig
 from nemo_star.config.llm import LLMConfig
-from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.registry import method_class
+from nemo_star.methods.config import AnchorContent, AnchorPositions, AttentionConfig
+from nemo_star.methods.registry import method_class, method_of
 
 _PART = re.compile(r"n/([1-9][0-9]*)")
 
@@ -22,20 +22,40 @@ class Contender:
     candidate: Candidate
     block_size: int | str | None = None
     anchor_size: int | str | None = None
+    anchor: str | None = None
+    """CONTENT[:POSITIONS]."""
 
     @property
     def name(self) -> str:
-        """As in reports: star n/4, star 2048 anchor 0."""
-        anchor = None if self.anchor_size is None else f"anchor {self.anchor_size}"
-        return " ".join(str(word) for word in (self.candidate.word, self.block_size, anchor) if word is not None)
+        """As in reports: star n/4, star 2048 anchor 0, star:recompute n/4 anchor random."""
+        words = [word for word in (self.anchor_size, self.anchor) if word is not None]
+        anchor = ["anchor", *words] if words else []
+        block = [] if self.block_size is None else [self.block_size]
+        return " ".join(map(str, (self.candidate.word, *block, *anchor)))
 
     def settings(self, attention: AttentionConfig, length: int) -> AttentionConfig:
         """The group `attention` for contexts of about this length."""
         changes = {"kind": self.candidate.kind}
         changes |= {"anchor": self.candidate.variant} if self.candidate.variant else {}
+        changes |= {} if self.anchor is None else anchor_of(self.anchor)
         sizes = {"block_size": self.block_size, "anchor_size": self.anchor_size}
         given = {name: size_of(size, length) for name, size in sizes.items() if size is not None}
         return replace(attention, **changes, **given)  # type: ignore[arg-type]
+
+
+def anchor_of(word: str) -> dict[str, str]:
+    """Keys of the group `attention` for CONTENT[:POSITIONS]; without positions, those of the first block.
+
+    Raises:
+        ValueError: it means nothing.
+    """
+    content, colon, positions = word.partition(":")
+    contents, places = get_args(AnchorContent), get_args(AnchorPositions)
+    if content not in contents or (colon and positions not in places):
+        raise ValueError(
+            f"anchors: {word!r} is unknown; known: {', '.join(contents)}, each with :{' or :'.join(places)} if wanted"
+        )
+    return {"anchor_content": content, "anchor_positions": positions or "first"}
 
 
 def size_of(size: int | str, length: int) -> int:
@@ -61,7 +81,11 @@ class EvaluateConfig(LLMConfig):
     """Of methods that have blocks: each of these, in tokens or as a part of the length (n/4); none:
     attention.block_size."""
     anchor_sizes: tuple[int | str, ...] = ()
-    """Of star: each of these with each block size that is no smaller; none: attention.anchor_size."""
+    """Of methods that have blocks: each of these with each block size that is no smaller; none:
+    attention.anchor_size."""
+    anchors: tuple[str, ...] = ()
+    """Of star: what stands in the anchor's place, CONTENT[:POSITIONS] as of attention.anchor_content and
+    attention.anchor_positions, with each size that is not 0; none: as these keys say."""
     tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
     """Of RULER; of BABILong: babilong_qa1 to babilong_qa5, with _offline behind without files; of InfiniteBench:
     passkey, number_string, kv_retrieval; mrcr_2, _4, _8 of openai/mrcr's file, mrcr_like_2, _4, _8 without."""
@@ -97,7 +121,7 @@ class EvaluateConfig(LLMConfig):
         for name in ("compare", "lengths") if self.input else ("compare", "tasks", "lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
-        for name in ("compare", "tasks", "lengths", "block_sizes", "anchor_sizes"):
+        for name in ("compare", "tasks", "lengths", "block_sizes", "anchor_sizes", "anchors"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
@@ -107,25 +131,28 @@ class EvaluateConfig(LLMConfig):
             raise ValueError(f"samples={self.samples} must be at least 1")
         for size in (*self.block_sizes, *self.anchor_sizes):
             size_of(size, 1)
-        self.contenders()
+        for contender in self.contenders():
+            method_of(contender.settings(self.attention, min(self.lengths)))
 
     def contenders(self) -> list[Contender]:
         """All ways to attend, those of one method next to each other.
 
         Raises:
-            ValueError: a word of `compare` that means nothing.
+            ValueError: a word of `compare` or `anchors` that means nothing.
         """
         found = []
         for word in self.compare:
             candidate = Candidate.parse(word)
-            has_blocks = method_class(candidate.kind).has_blocks
-            blocks = self.block_sizes if has_blocks and self.block_sizes else (None,)
-            anchors = self.anchor_sizes if has_blocks and self.anchor_sizes else (None,)
+            method = method_class(candidate.kind)
+            blocks = self.block_sizes if method.has_blocks and self.block_sizes else (None,)
+            sizes = self.anchor_sizes if method.has_blocks and self.anchor_sizes else (None,)
+            anchors = self.anchors if method.ablates_anchor and self.anchors else (None,)
             found += [
-                Contender(candidate, block, anchor)
+                Contender(candidate, block, size, anchor)
                 for block in blocks
-                for anchor in anchors
-                if self._go_together(block, anchor)
+                for size in sizes
+                if self._go_together(block, size)
+                for anchor in (anchors if size != 0 else (None,))
             ]
         return found
 

@@ -109,15 +109,14 @@ class Engine:
 
     def encode_block(self, step: PrefillStep, method: Method, context_ids: Tensor) -> None:
         """Run a block through the stage; without a block, take part in what other ranks exchange."""
-        spans = method.in_flight(step.block)
-        if not spans:
+        if not method.in_flight(step.block):
             with self._step(step, context_ids[:0]):
                 self.stage.accompany(step)
             return
-        positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
-        ids, at = context_ids[positions].to(self.device), positions.to(self.device)
-        with self._step(step, at):
-            self.stage.encode(ids, at, torch.tensor([len(context_ids)], device=self.device))
+        inputs = attention_class(method).inputs(method, step.block, context_ids, self.stage.vocab_size)
+        ids, positions = (tensor.to(self.device) for tensor in inputs)
+        with self._step(step, positions):
+            self.stage.encode(ids, positions, torch.tensor([len(context_ids)], device=self.device))
 
     def empty_context(self) -> EncodedContext:
         """No context at all: sequences that hang on it see themselves only, all of what they say."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+AnchorContent = Literal["first", "previous", "constant", "random", "shuffled"]
+AnchorPositions = Literal["first", "previous", "random"]
+MAX_CHUNK_SIZE = 4096
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -15,10 +19,22 @@ class AttentionConfig:
     block_size: int | None = None
     """Tokens of one context block; None: ceil(context / 4), at most 32,768."""
     anchor_size: int | None = None
-    """Tokens of the anchor, the start of the first block; None: the block size; 0: no anchor."""
+    """Tokens of the anchor, the start of the first block; None: the block size; 0: no anchor. Of a summary: its tokens
+    at most; None: a quarter of the block size."""
     anchor: Literal["shared", "recompute"] = "shared"
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""
+    anchor_content: AnchorContent = "first"
+    """Which tokens stand in the anchor's place (star; the paper's ablation): the `first` block's; those right before
+    the block (`previous`); the most frequent one of the first block's, again and again (`constant`); `random` ones of
+    the vocabulary; the first block's in random order (`shuffled`). Others than `first` need anchor=recompute."""
+    anchor_positions: AnchorPositions = "first"
+    """Position ids of the anchor (star; the paper's ablation): those of the `first` block; those right before the block
+    (`previous`); drawn from all before the block (`random`). Others than `first` need anchor=recompute."""
+    sink_size: int = 4
+    """Tokens at the start of the context that every block sees (summary)."""
+    chunk_size: int = 32
+    """Tokens of a chunk, of which the summary is made (summary)."""
     kernel: Literal["auto", "te", "flash", "numba", "cpu", "math"] = "auto"
     """What computes attention over the keys that a rank holds; `auto` takes the first that runs."""
 
@@ -32,3 +48,7 @@ class AttentionConfig:
                 f"attention.anchor_size={self.anchor_size} is larger than attention.block_size={self.block_size}: "
                 "the anchor is a part of the first block"
             )
+        if self.sink_size < 0:
+            raise ValueError(f"attention.sink_size={self.sink_size} must be 0 (no sink) or more tokens")
+        if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
+            raise ValueError(f"attention.chunk_size={self.chunk_size} must be 1 to {MAX_CHUNK_SIZE} tokens")

@@ -76,6 +76,8 @@ class Method(ABC):
     """Whether its attention has windowed layers and sinks (`CoreAttention.prefill_windowed`, `attend`)."""
     variants: ClassVar[tuple[str, ...]] = ()
     """Values of `attention.anchor` that it tells apart: `compare` takes `kind:variant`."""
+    ablates_anchor: ClassVar[bool] = False
+    """Whether `attention.anchor_content` and `attention.anchor_positions` decide what its blocks see."""
 
     def __init__(self, settings: AttentionConfig) -> None:
         self.settings = settings

@@ -7,13 +7,19 @@ dealt out in rounds instead (block b to rank b mod cp): neighbours run side by s
 
 The anchor is computed once and handed to the other ranks (`attention.anchor=shared`), or
 its tokens run through the layers again with every block, as published (`recompute`).
+
+What stands in the anchor's place, and at which positions, can be changed as in the paper's ablation ("Position and
+content of the anchor block", section 4.1, table 3): `attention.anchor_content`, `attention.anchor_positions`. The
+published setting is the first block's tokens at the first block's positions.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import ClassVar
 
+from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.method import CountedBlock, Exchange, Heads, Method, Share
 from nemo_star.methods.partition import Block, Partition, Span, band, length, triangle
 
@@ -30,11 +36,34 @@ class Star(Method):
     exact = False
     has_blocks = True
     takes_windows = True
-    variants = ("shared", "recompute")
+    variants: ClassVar[tuple[str, ...]] = ("shared", "recompute")
+    ablates_anchor = True
     in_rounds = False
     """How blocks are dealt out."""
 
+    def __init__(self, settings: AttentionConfig) -> None:
+        super().__init__(settings)
+        if self._is_ablated and self.shares_anchor:
+            raise ValueError(
+                f"{self._ablation}: only the first block's own tokens at their own positions can be computed once for "
+                "all blocks; set attention.anchor=recompute"
+            )
+
+    @property
+    def _is_ablated(self) -> bool:
+        settings = self.settings
+        return self.ablates_anchor and (settings.anchor_content, settings.anchor_positions) != ("first", "first")
+
+    @property
+    def _ablation(self) -> str:
+        return (
+            f"attention.anchor_content={self.settings.anchor_content} with "
+            f"attention.anchor_positions={self.settings.anchor_positions}"
+        )
+
     def with_windows(self) -> Star:
+        if self._is_ablated:
+            raise ValueError(f"{self._ablation} does not take models with windowed layers or sinks")
         windowed = copy.copy(self)
         windowed.in_rounds = True
         return windowed
@@ -63,11 +92,7 @@ class Star(Method):
         return block_size, anchor_size
 
     def partition(self, context_tokens: int, cp_size: int) -> Partition:
-        block_size, anchor_size = self.sizes(context_tokens)
-        blocks = [
-            self._block(index, start, min(start + block_size, context_tokens), anchor_size)
-            for index, start in enumerate(range(0, context_tokens, block_size))
-        ]
+        blocks = [self._block(index, context_tokens) for index in range(self.num_blocks(context_tokens, cp_size))]
         dealt = [self._numbers(len(blocks), cp_size, rank) for rank in range(cp_size)]
         return Partition(context_tokens, tuple(tuple(blocks[number] for number in numbers) for numbers in dealt))
 
@@ -78,11 +103,11 @@ class Star(Method):
 
     def going_on(self, partition: Partition, context_tokens: int) -> Partition:
         """New blocks go to the ranks that hold least; in a model with windowed layers on in rounds."""
-        block_size, anchor_size = self.sizes(context_tokens)
+        block_size = self.sizes(context_tokens)[0]
         held, cp_size = list(partition.tokens_by_rank), len(partition.ranks)
         dealt: list[list[Block]] = [[] for _ in partition.ranks]
         for start in range(partition.context_tokens, context_tokens, block_size):
-            block = self._block(start // block_size, start, min(start + block_size, context_tokens), anchor_size)
+            block = self._block(start // block_size, context_tokens)
             rank = block.index % cp_size if self.in_rounds else held.index(min(held))
             if block.index == 0:
                 rank = 0  # which hands the anchor on
@@ -93,8 +118,11 @@ class Star(Method):
     def describe(self, context_tokens: int) -> str:
         block_size, anchor_size = self.sizes(context_tokens)
         blocks = -(-context_tokens // block_size)
-        anchor = f"anchor of {anchor_size} tokens ({self.settings.anchor})"
-        return f"{blocks} blocks of {block_size} tokens, {anchor}"
+        settings = self.settings
+        about: list[str] = [settings.anchor]
+        if self._is_ablated:
+            about += [f"content {settings.anchor_content}", f"positions {settings.anchor_positions}"]
+        return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)})"
 
     def warning(self, context_tokens: int) -> str | None:
         size = self.settings.block_size
@@ -170,20 +198,22 @@ class Star(Method):
 
     def _counted(self, context_tokens: int, numbers: range) -> list[CountedBlock]:
         """These blocks of the context: the first, one full one for all those between, the last."""
-        block_size, anchor_size = self.sizes(context_tokens)
-        last = -(-context_tokens // block_size) - 1
+        last = self.num_blocks(context_tokens, 1) - 1
         counted = []
         if 0 in numbers:
-            counted.append((self._block(0, 0, min(block_size, context_tokens), anchor_size), 1))
+            counted.append((self._block(0, context_tokens), 1))
         between = [number for number in (numbers[:2] if numbers else ()) if 0 < number < last]
         if between:
-            number = between[0]
             count = len(numbers) - (0 in numbers) - (last in numbers)
-            counted.append((self._block(number, number * block_size, (number + 1) * block_size, anchor_size), count))
+            counted.append((self._block(between[0], context_tokens), count))
         if last in numbers and last > 0:
-            counted.append((self._block(last, last * block_size, context_tokens, anchor_size), 1))
+            counted.append((self._block(last, context_tokens), 1))
         return counted
 
-    @staticmethod
-    def _block(index: int, start: int, stop: int, anchor_size: int) -> Block:
-        return Block(index, ((start, stop),), ((0, anchor_size),) if index and anchor_size else ())
+    def _block(self, index: int, context_tokens: int) -> Block:
+        """The block of this number, which sees the anchor: of the first block, or right before it."""
+        block_size, anchor_size = self.sizes(context_tokens)
+        start = index * block_size
+        first = start - anchor_size if self.settings.anchor_content == "previous" else 0
+        seen = ((first, first + anchor_size),) if index and anchor_size else ()
+        return Block(index, ((start, min(start + block_size, context_tokens)),), seen)

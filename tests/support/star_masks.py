@@ -53,3 +53,30 @@ def star_greedy(model, context, query, count, *, block, anchor):
         rows.append(masked_logits(model, ids, masks)[-1])
         ids.append(int(rows[-1].argmax()))
     return ids[-count:], torch.stack(rows)
+
+
+def anchored_greedy(model, context, query, count, *, block, anchors):
+    """(tokens, logits [count, vocab]) of the answer, where each block has an anchor of its own: its tokens stand before
+    the context, see themselves only, and are seen by their block alone.
+
+    Args:
+        model: transformers', in float64, with eager attention, of layers that see everything.
+        anchors: (ids, positions) of each block's anchor.
+    """
+    before = [token for ids, _ in anchors for token in ids]
+    positions = [position for _, at in anchors for position in at]
+    of_block = [number for number, (ids, _) in enumerate(anchors) for _ in ids]
+    of_block = torch.tensor([*of_block, *(token // block for token in range(len(context)))])
+    ids, rows = [*before, *context, *query], []
+    for _ in range(count):
+        total, first, last = len(ids), len(before), len(before) + len(context)
+        row, column = torch.arange(total)[:, None], torch.arange(total)[None]
+        seen = (row >= last) & (column >= first)
+        seen[:last, :last] = of_block[:, None] == of_block[None]
+        mask = torch.zeros(total, total, dtype=torch.float64).masked_fill(~(seen & (column <= row)), float("-inf"))
+        at = torch.tensor([[*positions, *range(total - first)]])
+        with torch.no_grad():
+            given = {"attention_mask": mask[None, None], "position_ids": at, "use_cache": False}
+            rows.append(model(torch.tensor([ids]), **given).logits[0, -1])
+        ids.append(int(rows[-1].argmax()))
+    return ids[-count:], torch.stack(rows)

@@ -41,10 +41,31 @@ def test_an_anchor_is_no_larger_than_its_block_at_any_length():
     assert names == ["star n/4 anchor n/8", "star n/4 anchor 512", "star 512 anchor 512"]
 
 
+def test_a_sweep_over_what_stands_in_the_anchor_s_place():
+    """Of no anchor there is one kind, and dense has none at all."""
+    anchors = {"anchors": ("first", "random", "first:previous"), "anchor_sizes": (0, 64)}
+    config = EvaluateConfig(**COMMON, compare=("dense", "star:recompute", "summary"), block_sizes=("n/4",), **anchors)
+    contenders = config.contenders()
+    star = "star:recompute n/4 anchor"
+    assert [each.name for each in contenders] == [
+        "dense",
+        *(f"{star} {rest}" for rest in ("0", "64 first", "64 random", "64 first:previous")),
+        *(f"summary n/4 anchor {size}" for size in (0, 64)),
+    ]
+    settings = [each.settings(AttentionConfig(), 4096) for each in contenders[3:5]]
+    assert [(each.anchor_content, each.anchor_positions) for each in settings] == [
+        ("random", "first"),
+        ("first", "previous"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"compare": ("sparse",)}, "sparse"),
+        ({"compare": ("star:recompute",), "anchors": ("last",)}, "anchors: 'last' is unknown; known: first, previous"),
+        ({"compare": ("star:recompute",), "anchors": ("first:",)}, "anchors: 'first:' is unknown"),
+        ({"compare": ("star",), "anchors": ("first", "random")}, "set attention.anchor=recompute"),
         ({"compare": ()}, "compare is empty"),
         ({"tasks": ("vt", "vt")}, "tasks names something twice: vt, vt"),
         ({"lengths": (10,)}, "at least 64"),

@@ -76,6 +76,23 @@ def test_the_last_layer_makes_keys_and_values_only():
         assert whole - prefill_flops(model, method, 22, 1) == 22 * 2 * 3 * 8 * 16 + left_out * PAIR
 
 
+def test_the_ablation_counts_what_the_published_anchor_does():
+    sizes = {"block_size": 4, "anchor_size": 3, "anchor": "recompute"}
+    for content in ("previous", "random"):
+        ablated = {"anchor_content": content, "anchor_positions": "previous"}
+        assert flops("star", 10, **sizes, **ablated) == flops("star", 10, **sizes)
+
+
+def test_a_summary_counts_what_each_block_sees():
+    # 4 blocks of 10, 10, 10 and 5 tokens; a sink of 2 and two chunks of 3, from blocks 0 and 1
+    triangles = 3 * 55 + 15 + 8 * 9 // 2
+    pairs = triangles + 10 * (2 + 3) + 10 * (2 + 6) + 5 * (2 + 6)
+    sizes = {"block_size": 10, "anchor_size": 9, "sink_size": 2, "chunk_size": 3}
+    for cp_size in (1, 2, 5):
+        assert flops("summary", 35, cp_size, **sizes) == (35 + 8) * LINEAR + pairs * PAIR
+    assert flops("summary", 35, block_size=40) == flops("dense", 35, cp_size=1)
+
+
 def test_star_without_an_anchor_and_of_one_block():
     assert flops("star", 10, block_size=4, anchor_size=0) == 10 * LINEAR + (10 + 10 + 3) * PAIR
     assert flops("star", 10, block_size=16) == flops("dense", 10, cp_size=1)

@@ -1,6 +1,7 @@
 """The planner: identities, what it counts against what runs, and published tables."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -44,11 +45,16 @@ def plan(*arguments):
 # What there is to do
 
 
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("kind", ["star:shared", "star:recompute", "ring", "ulysses"])
-@pytest.mark.parametrize(("tokens", "block", "cp"), [(97, 10, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)])
+@pytest.mark.parametrize(
+    ("kind", "windows"),
+    [*itertools.product(("star:shared", "star:recompute", "ring", "ulysses"), (False, True)), ("summary", False)],
+)
+@pytest.mark.parametrize(
+    ("tokens", "block", "cp"), [(97, 10, 4), (97, 32, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)]
+)
 def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp, windows):
-    planned = llama(kind, tokens, cp=cp, block_size=block, anchor_size=block // 2)
+    sizes = {"block_size": block, "anchor_size": block // 2, "sink_size": 1, "chunk_size": 1}
+    planned = llama(kind, tokens, cp=cp, **sizes)
     if windows:
         planned = dataclasses.replace(planned, method=planned.method.with_windows())
     method = planned.method
