@@ -57,7 +57,7 @@ class StarAttention(CoreAttention):
     @classmethod
     def inputs(cls, method: Method, block: Block, context_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
         """[anchor | block], or the block alone; the anchor's content and positions as in the paper's ablation
-        (section 4.1, table 3)."""
+        (table 3)."""
         assert isinstance(method, Star)
         ids, positions = super().inputs(method, block, context_ids, vocab_size)
         anchor_size = len(ids) - block.tokens

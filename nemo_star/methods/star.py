@@ -9,7 +9,7 @@ The anchor is computed once and handed to the other ranks (`attention.anchor=sha
 its tokens run through the layers again with every block, as published (`recompute`).
 
 What stands in the anchor's place, and at which positions, can be changed as in the paper's ablation ("Position and
-content of the anchor block", section 4.1, table 3): `attention.anchor_content`, `attention.anchor_positions`. The
+content of the anchor block", table 3): `attention.anchor_content`, `attention.anchor_positions`. The
 published setting is the first block's tokens at the first block's positions.
 """
 
