@@ -90,14 +90,16 @@ def _carried_loss(model: LlamaForCausalLM, states: Tensor, batch: Batch) -> Tens
 
 
 def _copied_loss(model: LlamaForCausalLM, role: str, states: Tensor, batch: Batch) -> Tensor:
-    """Whether what a head copies is what is answered: what the model would predict from the head's output alone."""
+    """Whether what a head copies is what is answered (of what is counted: what is there): what the model would predict
+    from the head's output alone."""
     (layer, head), size = HEADS[role], model.config.head_dim
     block, attention = model.model.layers[layer], model.model.layers[layer].self_attn
     group = head // (model.config.num_attention_heads // model.config.num_key_value_heads)
     row, _, place, target = batch.links[role].T
     values = F.linear(block.input_layernorm(states[row, target]), attention.v_proj.weight[group * size :][:size])
     outputs = F.linear(values, attention.o_proj.weight[:, head * size :][:, :size])
-    return F.cross_entropy(model.lm_head(model.model.norm(outputs)), batch.ids[row, place + 1])
+    copied = target if role == "count" else place + 1
+    return F.cross_entropy(model.lm_head(model.model.norm(outputs)), batch.ids[row, copied])
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -117,6 +119,6 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Ten
     }
     if "offset" in batch.links:
         guides["carried"] = _carried_loss(model, outputs.hidden_states[HEADS["offset"][0] + 1], batch)
-    for role in {"source", "chain"} & set(batch.links):
+    for role in {"source", "chain", "count"} & set(batch.links):
         guides[f"copied {role}"] = _copied_loss(model, role, outputs.hidden_states[HEADS[role][0]], batch)
     return F.cross_entropy(logits, tokens), guides, logits.argmax(-1) == tokens
