@@ -72,7 +72,7 @@ def _problem(kernel: Kernel, sizes: Heads, device: torch.device, dtype: torch.dt
         try:
             for window in {None, sizes.window}:
                 kernel.prefill(q, k, k, 1.0, window)
-            kernel.decode(q, k, k, 1.0, True)  # ring's, and that of models with sinks
+                kernel.decode(q, k, k, 1.0, True, window)  # ring's prefill, and that of models with sinks
         except Exception as error:  # libraries refuse a size with whatever they like
             return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     return None

@@ -61,13 +61,15 @@ class RotaryPieces:
         self._angles: Tensor | None = None
         # With Megatron's own YaRN there is a factor, which Megatron does not give to the fused kernel.
         if config.apply_rope_fusion and not getattr(config, "yarn_rotary_scaling_factor", None):
+            unrotated = getattr(config, "no_rope_freq", None) or [0] * config.num_layers
             for layer in model.decoder.layers:
-                layer.self_attention.register_forward_pre_hook(self._take_angles, with_kwargs=True)
-                layer.self_attention.core_attention.register_forward_pre_hook(self._rotate)
+                if not unrotated[layer.layer_number - 1]:
+                    layer.self_attention.register_forward_pre_hook(self._take_angles, with_kwargs=True)
+                    layer.self_attention.core_attention.register_forward_pre_hook(self._rotate)
 
     def _take_angles(self, _: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         angles = keywords["rotary_pos_emb"]
-        if angles.shape[0] * self._width <= self.limit:
+        if angles is None or angles.shape[0] * self._width <= self.limit:
             return None
         self._angles = angles
         return arguments, {**keywords, "rotary_pos_emb": None}

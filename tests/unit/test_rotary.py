@@ -1,11 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_star.models.families.llama import FAMILY
 from nemo_star.models.rotary import PositionRotaryEmbedding, inverse_frequencies
-from nemo_star.models.rotary_pieces import rotate_in_pieces
+from nemo_star.models.rotary_pieces import RotaryPieces, rotate_in_pieces
 
 SCALINGS = [
     {"rope_type": "default", "rope_theta": 10000.0},
@@ -88,3 +91,40 @@ def test_a_large_block_of_llama_8b_stays_within_32_bits(tokens, pieces_of_q, pie
         assert sum(piece.shape[0] for piece in pieces) == tokens
         assert max(largest_offset(piece) for piece in pieces) < 2**31
         assert (largest_offset(t) < 2**31) == (expected == 1)
+
+
+class Noting(nn.Module):
+    """Attention, or its core, that notes what it was given."""
+
+    def forward(self, *arguments, **keywords):
+        self.given = arguments, keywords
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_only_what_one_call_cannot_rotate_is_taken_from_megatron(tokens):
+    """Eight heads and two groups of 16 over two tp ranks, 96 elements a token, at most 16 tokens; the second layer is
+    one that is not rotated."""
+    config = SimpleNamespace(num_layers=2, num_attention_heads=8, num_query_groups=2, kv_channels=16)
+    config.apply_rope_fusion, config.no_rope_freq = True, [0, 1]
+    config.rotary_interleaved = config.multi_latent_attention = False
+    layers = [nn.Module(), nn.Module()]
+    for number, layer in enumerate(layers, start=1):
+        layer.layer_number, layer.self_attention = number, Noting()
+        layer.self_attention.core_attention = Noting()
+    two = SimpleNamespace(size=lambda: 2)
+    model = SimpleNamespace(config=config, decoder=SimpleNamespace(layers=layers), tp_group=two)
+    model.pg_collection = SimpleNamespace(cp=two)
+    pieces = RotaryPieces(model)
+    pieces.limit = 16 * 96
+    config.apply_rope_fusion = False  # there is no kernel here: Megatron's own rotation computes the same
+    angles = torch.rand(tokens, 1, 1, 16)
+    for layer, taken in zip(layers, (tokens > 16, False), strict=True):
+        q, k, v = torch.randn(tokens, 1, 4, 16), torch.randn(tokens, 1, 1, 16), torch.randn(tokens, 1, 1, 16)
+        expected = (turned(q, angles), turned(k, angles)) if taken else (q.clone(), k.clone())
+        layer.self_attention("hidden", rotary_pos_emb=angles)
+        layer.self_attention.core_attention(q, k, v, None)
+        assert (layer.self_attention.given[1]["rotary_pos_emb"] is None) == taken
+        given = layer.self_attention.core_attention.given[0]
+        torch.testing.assert_close(given[:2], expected)
+        assert given[2] is v
+        assert given[3] is None
