@@ -17,7 +17,7 @@ class MathKernel:
     """The float32 oracle: textbook softmax attention, for tests and what no other kernel takes.
 
     Args:
-        max_scores: more than these are computed for some queries after the others; a query's own are never divided.
+        max_scores: a call with more takes its queries in chunks; the scores of one query are never divided.
     """
 
     name = "math"

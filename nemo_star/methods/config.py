@@ -20,8 +20,8 @@ class AttentionConfig:
     """`shared` computes the anchor once and hands its K/V to the other ranks; `recompute` runs its tokens through the
     model again for every block, as the paper does. Same result up to rounding."""
     kernel: Literal["auto", "te", "flash", "numba", "cpu", "math"] = "auto"
-    """What computes attention over the keys that a rank holds; `auto` takes the first that runs. With
-    `te` it computes prefill, and torch's flash attention decode, which makes lengths that it would have to plan for."""
+    """What computes attention over the keys that a rank holds; `auto` takes the first that runs. `te` is for
+    prefill: decode goes to `flash` beside it, which need not plan for each new length."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import SHAPES, inputs, reference
 
+from nemo_star.commands import doctor
 from nemo_star.kernels import registry
 from nemo_star.kernels.math import MathKernel, attend_at
 from nemo_star.kernels.merge import merge_partials
@@ -132,6 +133,16 @@ def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, 
     device = torch.device("cuda")
     assert registry.kernels_that_run(device, dtype) == expected
     assert get_kernel("auto", device, dtype).name == expected[0]
+
+
+def test_the_doctor_names_the_kernels_of_prefill_and_decode(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(registry, "is_loaded", lambda: True)
+    assert "in bfloat16: attention kernel prefill te, decode flash (also: flash, math)" in doctor._choice().text
+    monkeypatch.setattr(registry, "is_loaded", lambda: False)
+    assert "in bfloat16: attention kernel flash (also: math)" in doctor._choice().text
 
 
 def test_why_transformer_engine_does_not_run_is_said():
