@@ -30,7 +30,7 @@ TORCH_BACKENDS = {
     "torch:efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 MAX_SCORES = 2**28
-"""The math kernel writes the whole score matrix; shapes above are left out for it."""
+"""The math kernel writes every score; shapes above take long and are left out for it."""
 
 Contenders = dict[str, Callable[[], Any]]
 

@@ -150,7 +150,8 @@ def _megatron() -> Finding:
 def _choice() -> Finding:
     import torch
 
-    from nemo_star.kernels.registry import kernels_that_run
+    from nemo_star.kernels.registry import get_kernel, kernels_that_run
+    from nemo_star.kernels.settle import USUAL_HEADS, names, settle
     from nemo_star.models.layer_spec import implementation_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,9 +160,10 @@ def _choice() -> Finding:
     layers = {"local": "Megatron's own", "transformer_engine": "Transformer Engine's"}[
         implementation_for(device, dtype)
     ]
-    text = (
-        f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {first} (also: {', '.join(others)})"
-    )
+    kernel = get_kernel(first, device, dtype)
+    decode, _ = settle(kernel, USUAL_HEADS, device, dtype, decode=True)
+    text = f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {names(kernel, decode)}"
+    text += f" (also: {', '.join(others)})"
     if device.type == "cpu" and first != "numba":
         text += " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
     return Finding("will run", f"{text}, {layers} layers")

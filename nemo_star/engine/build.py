@@ -13,6 +13,7 @@ from nemo_star.checkpoint.load import load_weights
 from nemo_star.config.llm import LLMConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel
+from nemo_star.kernels.settle import Heads, settle
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model
@@ -21,6 +22,7 @@ from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary, build
 from nemo_star.models.stage import Stage
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.groups import Groups
+from nemo_star.runtime.launch import warn
 
 
 def dtype_name(config: LLMConfig, device: torch.device) -> str:
@@ -112,4 +114,18 @@ def engine_around(
         decode_group=state.decode_group,
         sequence_parallel=sequence_parallel,
     )
+    _settle_kernels(state, stage)
     return Engine(stage, state, groups)
+
+
+@torch.inference_mode()
+def _settle_kernels(state: AttentionState, stage: Stage) -> None:
+    """Let the kernels that were chosen by device and type fit the model, and say what became of them."""
+    shape = stage.kv_shape
+    heads = stage.model.config.num_attention_heads // stage.model.tp_group.size()
+    sizes = Heads(heads, shape.groups, shape.channels, stage.window)
+    device = stage.device
+    state.kernel, why = settle(state.kernel, sizes, device, stage.dtype, decode=False)
+    state.decode_kernel, why_decode = settle(state.decode_kernel, sizes, device, state.cache_dtype, decode=True)
+    for problem in {why, why_decode} - {None}:
+        warn(str(problem))

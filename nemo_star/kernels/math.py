@@ -9,12 +9,21 @@ from nemo_star.kernels.two_parts import no_keys
 
 ROWS = 128
 """Queries that `attend_at` takes at once."""
+MAX_SCORES = 2**28
+"""Scores that are in memory at once, 1 GiB in float32; the mask, the weights and their masked copy are as many."""
 
 
 class MathKernel:
-    """The float32 oracle: textbook softmax attention, with a score matrix of sq x sk. For tests and small inputs."""
+    """The float32 oracle: textbook softmax attention, for tests and what no other kernel takes.
+
+    Args:
+        max_scores: a call with more takes its queries in chunks; the scores of one query are never divided.
+    """
 
     name = "math"
+
+    def __init__(self, max_scores: int = MAX_SCORES) -> None:
+        self._max_scores = max_scores
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
         return self.decode(q, k, v, scale, causal=True, window=window)[0].to(q.dtype)
@@ -25,12 +34,19 @@ class MathKernel:
         sq, sk = q.shape[0], k.shape[0]
         if sk == 0:
             return no_keys(q)
-        visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
-        if causal:
-            visible = visible.tril(diagonal=sk - sq)
-        if window is not None:
-            visible = visible.triu(diagonal=sk - sq - window + 1)
-        return attend_visible(q, k, v, scale, visible)
+        rows = max(1, self._max_scores // (q.shape[1] * q.shape[2] * sk))
+        parts = []
+        for start in range(0, max(sq, 1), rows):  # of no queries, none
+            chunk = q[start : start + rows]
+            seen = sk - sq + start + chunk.shape[0] if causal else sk  # the chunk's last query sees no further
+            visible = torch.ones(chunk.shape[0], seen, dtype=torch.bool, device=q.device)
+            if causal:
+                visible = visible.tril(diagonal=sk - sq + start)
+            if window is not None:
+                visible = visible.triu(diagonal=sk - sq + start - window + 1)
+            parts.append(attend_visible(chunk, k[:seen], v[:seen], scale, visible))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses)
 
 
 def attend_visible(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
     on_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
     runs = {
         "te": fits and is_loaded(),
-        "flash": fits,
+        "flash": fits and torch.backends.cuda.is_flash_attention_available(),  # a torch can be built without
         "numba": on_cpu and is_installed(),
         "cpu": on_cpu,
         "math": True,

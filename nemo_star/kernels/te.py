@@ -11,11 +11,19 @@ log-sum-exp, so decode and ring call `fused_attn_fwd`, the function beneath it; 
   under context parallelism needs it.
 - It takes tensors as its layout names them, contiguous; strides are looked at in `DotProductAttention` only.
 - Arguments have been added in the middle of the list, never renamed: all go by keyword.
-- A bottom-right mask with lengths that are no multiple of 64 needs cuDNN 9.7: `decode_by_parts` does without it.
+- A bottom-right mask with lengths that are no multiple of 64 needs cuDNN 9.7 (common/fused_attn/fused_attn.cpp,
+  `nvte_get_fused_attn_backend`): `decode_by_parts` does without it. `DotProductAttention` would take unfused attention
+  instead, a score matrix of all heads, without a word; `NVTE_UNFUSED_ATTN=0` makes it raise.
+- cuDNN's plans are kept in a map that nothing is ever taken out of, under a key with `s_q` and `s_kv`
+  (common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu, `sdpa_f16_fprop_cache`; utils.h, `FADescriptor_v1`): every pair
+  of lengths that has not been seen is built, so decode goes elsewhere (`settle.py`).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +46,8 @@ class TEKernel:
         # The same where there is no anchor; the plain mask is known to more of its backends.
         mask = "causal" if q.shape[0] == k.shape[0] else "causal_bottom_right"
         sides = (-1, 0) if window is None else (window - 1, 0)
-        return attention(q, k, v, attn_mask_type=mask, window_size=sides).view(q.shape)
+        with _never_unfused():
+            return attention(q, k, v, attn_mask_type=mask, window_size=sides).view(q.shape)
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
@@ -65,6 +74,21 @@ class TEKernel:
                 cp_group=None,
             ).eval()
         return self._modules[key]
+
+
+@contextmanager
+def _never_unfused() -> Iterator[None]:
+    """`DotProductAttention` looks at this variable when it chooses, and it chooses anew when lengths change."""
+    name = "NVTE_UNFUSED_ATTN"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from nemo_star.kernels.two_parts import no_keys
 
+MAX_CHANNELS = 256
+"""Head dimension of torch's kernel (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_fwd`)."""
+
 
 class FlashKernel:
     """torch's CUDA flash attention: float16 or bfloat16, causal aligned to the bottom right, grouped queries.
@@ -15,6 +18,11 @@ class FlashKernel:
     """
 
     name = "flash"
+
+    @staticmethod
+    def takes(channels: int) -> bool:
+        """Whether heads of this dimension can be attended to; torch pads others outside of this operator."""
+        return channels % 8 == 0 and channels <= MAX_CHANNELS
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
         return _cuda_flash(q, k, v, scale, causal=True, window=window)[0]

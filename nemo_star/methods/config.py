@@ -36,7 +36,8 @@ class AttentionConfig:
     chunk_size: int = 32
     """Tokens of a chunk, of which the summary is made (summary)."""
     kernel: Literal["auto", "te", "flash", "numba", "cpu", "math"] = "auto"
-    """What computes attention over the keys that a rank holds; `auto` takes the first that runs."""
+    """What computes attention over the keys that a rank holds; `auto` takes the first that runs. `te` is for
+    prefill: decode goes to `flash` beside it, which need not plan for each new length."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:

@@ -20,6 +20,7 @@ from nemo_star.attention.cache import KVShape
 from nemo_star.attention.step import PrefillStep
 from nemo_star.models.moe import MoE
 from nemo_star.models.rotary import PositionRotaryEmbedding
+from nemo_star.models.rotary_pieces import RotaryPieces
 from nemo_star.models.sequence_parallel import SequenceParallel
 from nemo_star.parallel.groups import all_gather
 
@@ -70,6 +71,7 @@ class Stage:
             for layer in model.decoder.layers:
                 if windows[layer.layer_number] is not None:
                     layer.self_attention.register_forward_pre_hook(self._turn_otherwise, with_kwargs=True)
+        self.rotary_pieces = RotaryPieces(model)  # behind the hook above, whose angles it takes
 
     @property
     def is_first(self) -> bool:

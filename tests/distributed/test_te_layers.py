@@ -35,9 +35,18 @@ def test_one_checkpoint_loads_into_both_kinds_of_layers(report):
     assert {"ColumnParallelLinear", "RowParallelLinear"} <= set(own)
     assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "StarAttention", "RMSNorm"} <= set(theirs)
     assert not {"ColumnParallelLinear", "RowParallelLinear"} & set(theirs)
-    own_logits, their_logits, sharded_logits = (torch.tensor(logits) for logits in report["logits"])
+    own_logits, their_logits, sharded_logits, _ = (torch.tensor(logits) for logits in report["logits"])
     torch.testing.assert_close(their_logits, own_logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sharded_logits, own_logits, atol=1e-5, rtol=1e-5)  # fc1's own norm, too
+
+
+def test_long_blocks_are_rotated_in_pieces(report):
+    """32 tokens in flight, 9 at a time; a query's 3 in one call, by Megatron."""
+    _, their_logits, _, logits = (torch.tensor(logits) for logits in report["logits"])
+    assert torch.equal(logits, their_logits)
+    tokens = report["pieces"]
+    assert tokens[:6] == [18, 14, 9, 9, 9, 5]  # Q, whose tokens lie closer, and K, a view of the fused QKV
+    assert {3, 1} <= set(tokens)
 
 
 @pytest.mark.parametrize("case", CASES)

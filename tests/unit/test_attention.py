@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import SHAPES, inputs, reference
 
+from nemo_star.commands import doctor
 from nemo_star.kernels import registry
-from nemo_star.kernels.math import attend_at
+from nemo_star.kernels.math import MathKernel, attend_at
 from nemo_star.kernels.merge import merge_partials
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.runtime.transformer_engine import find_transformer_engine
@@ -43,6 +44,25 @@ def test_kernels_compute_attention_within_a_window(kernel, batch, window, sq, pa
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
     assert out.dtype == lse.dtype == torch.float32
     torch.testing.assert_close(kernel.prefill(q, k, v, 0.3, window).double(), expected_out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("sq", "sk", "causal"), [(64, 64, True), (33, 97, True), (64, 80, False)])
+def test_the_math_kernel_never_has_more_scores_than_it_may(monkeypatch, rows, window, sq, sk, causal):
+    q, k, v = inputs(sq, sk, batch=2)
+    window = window if causal else None
+    most = rows * 2 * 4 * sk
+    sizes = []
+    softmax = torch.logsumexp
+    monkeypatch.setattr(torch, "logsumexp", lambda x, **keywords: (sizes.append(x.numel()), softmax(x, **keywords))[1])
+    out, lse = MathKernel(max_scores=most).decode(q, k, v, 0.3, causal, window)
+    assert max(sizes) <= most
+    assert len(sizes) == -(-sq // rows)
+    expected_out, expected_lse = reference(q, k, v, 0.3, causal, window)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert MathKernel(max_scores=most).prefill(q[:0], k, v, 0.3).shape == (0, 2, 4, 16)
 
 
 @pytest.mark.parametrize("window", [3, 50])
@@ -97,20 +117,32 @@ def test_a_kernel_that_cannot_run_is_refused_with_those_that_can():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "loaded", "expected"),
+    ("dtype", "capability", "loaded", "built", "expected"),
     [
-        (torch.bfloat16, (9, 0), True, ["te", "flash", "math"]),
-        (torch.float16, (8, 0), False, ["flash", "math"]),
-        (torch.bfloat16, (7, 5), False, ["math"]),
-        (torch.float32, (9, 0), True, ["math"]),
+        (torch.bfloat16, (9, 0), True, True, ["te", "flash", "math"]),
+        (torch.float16, (8, 0), False, True, ["flash", "math"]),
+        (torch.float16, (8, 0), True, False, ["te", "math"]),
+        (torch.bfloat16, (7, 5), False, True, ["math"]),
+        (torch.float32, (9, 0), True, True, ["math"]),
     ],
 )
-def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, loaded, expected):
+def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, loaded, built, expected):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(registry, "is_loaded", lambda: loaded)
     device = torch.device("cuda")
     assert registry.kernels_that_run(device, dtype) == expected
     assert get_kernel("auto", device, dtype).name == expected[0]
+
+
+def test_the_doctor_names_the_kernels_of_prefill_and_decode(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(registry, "is_loaded", lambda: True)
+    assert "in bfloat16: attention kernel prefill te, decode flash (also: flash, math)" in doctor._choice().text
+    monkeypatch.setattr(registry, "is_loaded", lambda: False)
+    assert "in bfloat16: attention kernel flash (also: math)" in doctor._choice().text
 
 
 def test_why_transformer_engine_does_not_run_is_said():

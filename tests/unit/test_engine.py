@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from nemo_star import LLM
+from nemo_star.engine.build import engine_around
+from nemo_star.kernels.math import MathKernel
+from nemo_star.kernels.te import TEKernel
+from nemo_star.kernels.torch_flash import FlashKernel
 
 CONTEXT = [(7 * i * i + 3 * i) % 251 for i in range(120)]
 
@@ -18,6 +22,23 @@ def engine(tiny):
 
 def kv(cache, engine):
     return [x.clone() for number in engine.stage.layer_numbers for x in cache.get(number)]
+
+
+def test_kernels_that_do_not_take_the_model_are_replaced_once_and_named(tiny, capsys):
+    """On CPU torch's kernel for CUDA takes no heads at all."""
+    engine = LLM(tiny).engine
+    engine.state.kernel = engine.state.decode_kernel = FlashKernel()
+    rotary, vocab_size = engine.stage.rotary, engine.stage.vocab_size
+    again = engine_around(engine.stage.model, engine.state, engine.groups, rotary=rotary, vocab_size=vocab_size)
+    assert type(again.state.kernel) is type(again.state.decode_kernel) is MathKernel
+    assert capsys.readouterr().err.count("attention.kernel=flash does not take this model") == 1
+    assert again.describe() == "kernel math, float32"
+
+
+def test_the_kernels_of_prefill_and_decode_are_both_named(engine, monkeypatch):
+    monkeypatch.setattr(engine.state, "kernel", TEKernel())
+    monkeypatch.setattr(engine.state, "decode_kernel", FlashKernel())
+    assert engine.describe() == "kernel prefill te, decode flash, float32"
 
 
 def test_a_context_is_freed_with_its_last_reference(engine):

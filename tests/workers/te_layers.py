@@ -26,8 +26,12 @@ def recorded(calls):
     return sorted({(name, len(args), tuple(sorted(keywords))) for name, args, keywords in calls})
 
 
-def run(checkpoint, implementation, decode_group=None):
-    """Logits of a few steps over a context of several blocks with a small anchor; names of the layers' classes."""
+def run(checkpoint, implementation, decode_group=None, rotated_at_once=None):
+    """Logits of a few steps over a context of several blocks with a small anchor; names of the layers' classes.
+
+    Args:
+        rotated_at_once: tokens of K that one call of the rotary kernel may have; None: as many as there are.
+    """
     model_module.implementation_for = lambda device, dtype: implementation
     llm = LLM(checkpoint, attention={"block_size": 32, "anchor_size": 12})
     engine = llm.engine
@@ -35,6 +39,10 @@ def run(checkpoint, implementation, decode_group=None):
     if implementation == "transformer_engine" and not llm.description.model.attention_sinks:
         engine.state.kernel = engine.state.decode_kernel = TEKernel()
     engine.state.decode_group = decode_group
+    if rotated_at_once is not None:
+        config = llm.engine.stage.model.config
+        width = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
+        llm.engine.stage.rotary_pieces.limit = rotated_at_once * width
     context = engine.encode([i * i % 127 for i in range(100)])
     choose = lambda logits: (int(logits.argmax()), False)  # noqa: E731
     steps = engine.generate(context, [1, 2, 3], max_tokens=3, choose=choose)
@@ -59,11 +67,15 @@ def main(checkpoint, *others):
     theirs, their_classes = run(checkpoint, "transformer_engine")
     calls = list(CALLS)  # sharded decode is ours
     divided, _ = run(checkpoint, "transformer_engine", groups.collection.tp_cp)
+    CALLS.clear()
+    in_pieces, _ = run(checkpoint, "transformer_engine", rotated_at_once=9)
+    pieces = [args[0].shape[0] for name, args, _ in CALLS if name == "apply_rotary_pos_emb"]
     report = {
         "found": FOUND.told(),
         "classes": [own_classes, their_classes],
         "calls": recorded(calls),
-        "logits": [own, theirs, divided],
+        "logits": [own, theirs, divided, in_pieces],
+        "pieces": pieces,
         "families": families(others),
         "family_calls": recorded(CALLS),
     }

@@ -1,3 +1,5 @@
+import os
+
 import torch
 
 from ..calls import CALLS
@@ -13,6 +15,7 @@ class DotProductAttention(torch.nn.Module):
     def forward(self, *args, **keywords):
         CALLS.append(("DotProductAttention.forward", (self, *args), keywords))
         q, k, v = args
+        assert os.environ.get("NVTE_UNFUSED_ATTN") == "0", "without a fused backend it would write the score matrix"
         assert (q.shape[2], k.shape[2]) == (self.options["num_attention_heads"], self.options["num_gqa_groups"])
         mask = keywords.get("attn_mask_type", self.options["attn_mask_type"])
         left, right = keywords["window_size"]
