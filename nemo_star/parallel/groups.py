@@ -84,22 +84,32 @@ class Groups:
 
 
 def create_groups(layout: Layout) -> Groups:
-    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
+    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset.
+
+    Groups of equal members are one object, because each is a communicator of its own on NCCL, with its own buffers on
+    the device. All that goes over them is issued by one thread, in an order that is the same on all ranks. Not so what
+    experts exchange beside attention: `ep` is its own. Nor is torch's default group taken for one: a program that
+    embeds this one may use it, with a time limit of its own.
+    """
     dimensions = ("pp", "dp", "cp", "tp")
     ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
+    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
-    def group(*inside: str) -> dist.ProcessGroup:
+    def group(*inside: str, alone: bool = False) -> dist.ProcessGroup:
         """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
         others = [dim for dim, name in enumerate(dimensions) if name not in inside]
         within = [dim for dim, name in enumerate(dimensions) if name in inside]
         members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
+        key = tuple(sorted(map(tuple, members)))  # of all groups, not of this rank's: all ranks decide alike
+        if not alone and key in made:
+            return made[key]
         mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT)
-        return mine
+        return mine if alone else made.setdefault(key, mine)
 
     groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
     groups["tp_cp"] = group("cp", "tp")
     if layout.ep > 1:
-        groups["ep"] = group("cp")  # a communicator of its own: what experts exchange is in no order with attention's
+        groups["ep"] = group("cp", alone=True)  # what experts exchange is in no order with attention's
     groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
     return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
 
@@ -107,11 +117,14 @@ def create_groups(layout: Layout) -> Groups:
 def groups_from_parallel_state() -> Groups:
     """The groups of a program that has called Megatron's `parallel_state.initialize_model_parallel` itself."""
     collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "tp_cp", "dp_cp", "embd"])
+    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
+    layout = Layout(*sizes)
+    if layout.pp == 1:
+        return Groups(collection, layout, collection.tp_cp)
     replicas = gather_objects(collection.dp.rank())
     enumeration = [[r for r, d in enumerate(replicas) if d == replica] for replica in sorted(set(replicas))]
     replica, _ = dist.new_subgroups_by_enumeration(enumeration)
-    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
-    return Groups(collection, Layout(*sizes), replica)
+    return Groups(collection, layout, replica)
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
