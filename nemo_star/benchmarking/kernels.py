@@ -82,9 +82,9 @@ def measure(shape: Shape, *, device: torch.device, dtype: torch.dtype, repeats: 
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], *, titles: bool = True) -> str:
     """Rows for a person."""
-    lines = [f"{'phase':<8} {'queries':>8} {'keys':>8} {'kernel':<16} {'ms':>10}  rate"]
+    lines = [f"{'phase':<8} {'queries':>8} {'keys':>8} {'kernel':<16} {'ms':>10}  rate"] if titles else []
     for row in rows:
         head = f"{row['phase']:<8} {row['queries']:>8} {row['keys']:>8} {row['kernel']:<16}"
         if row["seconds"] is None:

@@ -27,16 +27,21 @@ _COLUMNS = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Times, and for each the ratio of times and of what was counted over the first candidate at that length.
+def table(rows: Sequence[Row], *, titles: bool = True) -> str:
+    """Times, and for each the ratio of times and of what was counted over the first candidate that ran at that length.
 
     `FLOP x`: operations of prefill, all ranks'. `byte x`: weights that a rank reads for a token. `KV read x`: a token's
-    attention over a plain read of the same K/V.
+    attention over a plain read of the same K/V. A row that was withheld says why.
     """
     width = max(16, *(len(row["kind"]) for row in rows))
-    lines = [f"{'context':>9} {'kind':<{width}} " + " ".join(f"{title:>{size}}" for title, size in _COLUMNS)]
+    head = f"{'context':>9} {'kind':<{width}} " + " ".join(f"{title:>{size}}" for title, size in _COLUMNS)
+    lines = [head] if titles else []
     first: dict[int, Row] = {}
     for row in rows:
+        start = f"{row['context_tokens']:>9} {row['kind']:<{width}}"
+        if row["withheld"] is not None:
+            lines.append(f"{start} withheld: {row['withheld']}")
+            continue
         base = first.setdefault(row["context_tokens"], row)
         cells = (
             f"{row['prefill_seconds']:.3f}",
@@ -49,7 +54,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['peak_memory_bytes'] / 2**20:.0f}",
         )
         padded = " ".join(f"{cell:>{size}}" for cell, (_, size) in zip(cells, _COLUMNS, strict=True))
-        lines.append(f"{row['context_tokens']:>9} {row['kind']:<{width}} {padded}")
+        lines.append(f"{start} {padded}")
     return "\n".join(lines)
 
 

@@ -48,3 +48,20 @@ def test_what_is_wrong_is_named_before_the_work(arguments, message):
     done = run_tool(TOOL, *arguments)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_rows_of_earlier_shapes_outlive_a_failure(tmp_path, monkeypatch):
+    from nemo_star.benchmarking import kernels
+    from nemo_star.commands.benchmark_kernels import main
+
+    def measured(shape, **_):
+        if shape.phase == "decode":
+            raise RuntimeError("out of memory")
+        return [
+            {"phase": shape.phase, "queries": 1, "keys": shape.keys, "kernel": "x", "seconds": None, "withheld": "-"}
+        ]
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([*map(str, SMALL), "--output", str(tmp_path / "rows.json")])
+    assert [row["keys"] for row in json.loads((tmp_path / "rows.json").read_text())] == [64, 128]
