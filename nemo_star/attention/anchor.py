@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nemo_star.attention.cache import KVCache, KVShape
 
-
 MAX_OPEN = 2
 """Layers whose anchor is on its way at the same time; `methods.star.Star.kept_bytes` plans for as many."""
 

@@ -62,7 +62,7 @@ def run(config: BenchmarkConfig, free_memory: Callable[[torch.device], FreeMemor
 
 def _build(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[Contender]:
     """All candidates with their weights, their layers watched."""
-    groups = create_groups(layout)
+    groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
     alone = create_groups(dataclasses.replace(ALONE, dp=environment_world_size()))
     with watchdog.suspended("drawing weights"):
         contenders = build_contenders(config, config.model, (layout, groups), alone)

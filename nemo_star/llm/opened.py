@@ -66,7 +66,7 @@ class OpenedModel:
             self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
             self.device = initialize()
             check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
-            self.groups = create_groups(layout)
+            self.groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
             self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
             self._exits = exits.pop_all()
 

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -83,35 +83,48 @@ class Groups:
         return self.collection.dp
 
 
-def create_groups(layout: Layout) -> Groups:
+def create_groups(layout: Layout, *, cp_max_ctas: int | None = None) -> Groups:
     """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset.
 
     Groups of equal members are one object, because each is a communicator of its own on NCCL, with its own buffers on
     the device. All that goes over them is issued by one thread, in an order that is the same on all ranks. Not so what
     experts exchange beside attention: `ep` is its own. Nor is torch's default group taken for one: a program that
     embeds this one may use it, with a time limit of its own.
+
+    Args:
+        cp_max_ctas: `parallel.context_parallel_max_ctas`; on NCCL, cp is then a group of its own, which alone is limited.
     """
     dimensions = ("pp", "dp", "cp", "tp")
     ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
     made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
-    def group(*inside: str, alone: bool = False) -> dist.ProcessGroup:
+    def group(*inside: str, alone: bool = False, options: Any = None) -> dist.ProcessGroup:
         """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
         others = [dim for dim, name in enumerate(dimensions) if name not in inside]
         within = [dim for dim, name in enumerate(dimensions) if name in inside]
         members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
         key = tuple(sorted(map(tuple, members)))  # of all groups, not of this rank's: all ranks decide alike
+        alone = alone or options is not None
         if not alone and key in made:
             return made[key]
-        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT)
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT, pg_options=options)
         return mine if alone else made.setdefault(key, mine)
 
-    groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
+    few = None if cp_max_ctas is None or dist.get_backend() != "nccl" else _nccl_options(cp_max_ctas)
+    groups = {name: group(name, options=few if name == "cp" else None) for name in ("tp", "cp", "pp", "dp")}
     groups["tp_cp"] = group("cp", "tp")
     if layout.ep > 1:
         groups["ep"] = group("cp", alone=True)  # what experts exchange is in no order with attention's
     groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
     return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
+
+
+def _nccl_options(max_ctas: int) -> Any:
+    """Options of an NCCL communicator, as Megatron makes them (`core/parallel_state.py: get_nccl_options`)."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    options._timeout = NO_LIMIT  # torch takes `timeout` and warns where the two differ
+    return options
 
 
 def groups_from_parallel_state() -> Groups:

@@ -1,5 +1,7 @@
 """Process groups: which communicators a layout makes, by recorded calls."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
 
@@ -11,18 +13,21 @@ NAMES = ("tp", "cp", "pp", "dp", "tp_cp", "dp_cp")
 
 @pytest.fixture
 def made(monkeypatch):
-    """Makes the groups of a layout as rank 0 of so many; gives them, and what torch was asked for."""
+    """Makes the groups of a layout as rank 0; gives them, and members and options of what torch was asked for."""
 
-    def make(layout, **options):
-        asked = []
+    def make(layout, *, backend="gloo", **options):
+        asked, given = [], []
 
         def enumerate_groups(members, **keywords):
             asked.append(sorted(map(tuple, members)))
+            given.append(keywords["pg_options"])
             return (tuple(next(ranks for ranks in members if 0 in ranks)), len(asked)), None
 
         monkeypatch.setattr(dist, "get_world_size", lambda: layout.tp * layout.cp * layout.dp * layout.pp)
+        monkeypatch.setattr(dist, "get_backend", lambda: backend)
         monkeypatch.setattr(dist, "new_subgroups_by_enumeration", enumerate_groups)
-        return create_groups(layout, **options), asked
+        groups = create_groups(layout, **options)
+        return groups, asked, given
 
     return make
 
@@ -46,7 +51,7 @@ def expected(layout, *dimensions):
     ],
 )
 def test_groups_of_equal_members_are_one(made, layout, communicators):
-    groups, asked = made(layout)
+    groups, asked, _ = made(layout)
     assert len(asked) == communicators
     assert len({tuple(members) for members in asked}) == len(asked)
     for name in NAMES:
@@ -55,8 +60,27 @@ def test_groups_of_equal_members_are_one(made, layout, communicators):
 
 
 def test_experts_have_a_communicator_of_their_own(made):
-    groups, asked = made(Layout(tp=1, cp=4, dp=1, pp=1, ep=4))
+    groups, asked, _ = made(Layout(tp=1, cp=4, dp=1, pp=1, ep=4))
     assert groups.collection.ep[0] == groups.cp[0]
     assert groups.collection.ep is not groups.cp
     assert groups.replica is groups.cp is groups.collection.tp_cp
     assert len(asked) == 3
+
+
+def test_few_thread_blocks_are_for_the_cp_group_alone(made, monkeypatch):
+    class Options:  # of a torch with CUDA
+        def __init__(self):
+            self.config = SimpleNamespace(max_ctas=32)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    layout = Layout(tp=1, cp=4, dp=1, pp=1)
+    groups, asked, given = made(layout, backend="nccl", cp_max_ctas=4)
+    limited = [members for members, options in zip(asked, given, strict=True) if options is not None]
+    assert limited == [[groups.cp[0]]]
+    assert [options.config.max_ctas for options in given if options is not None] == [4]
+    assert groups.replica is groups.collection.tp_cp is not groups.cp
+    assert groups.replica[0] == groups.cp[0]
+    for settings in ({"backend": "nccl"}, {"cp_max_ctas": 4}):  # not asked for; gloo, which has no such thing
+        groups, _, given = made(layout, **settings)
+        assert set(given) == {None}
+        assert groups.replica is groups.cp
