@@ -68,7 +68,7 @@ def _build(config: BenchmarkConfig, layout: Layout, watchdog: Watchdog) -> list[
         contenders = build_contenders(config, config.model, (layout, groups), alone)
     for contender in contenders:
         if isinstance(contender, OnEngine) and contender.engine:
-            watchdog.watch_layers(contender.engine.stage.model.decoder.layers)
+            watchdog.watch_layers(contender.engine.stage.model.decoder.layers, contender.engine.device)
     return contenders
 
 

@@ -100,7 +100,7 @@ class OpenedModel:
         with self.watchdog.suspended("loading the weights"):
             self._prepare_checkpoint()
             self.engine = build_engine(self.config, self.description, self.groups, self.device)
-        self.watchdog.watch_layers(self.engine.stage.model.decoder.layers)
+        self.watchdog.watch_layers(self.engine.stage.model.decoder.layers, self.device)
 
     def _prepare_checkpoint(self) -> None:
         """What has to be converted or verified is, by the ranks of each machine for themselves."""

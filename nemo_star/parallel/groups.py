@@ -92,7 +92,7 @@ def create_groups(layout: Layout, *, cp_max_ctas: int | None = None) -> Groups:
     embeds this one may use it, with a time limit of its own.
 
     Args:
-        cp_max_ctas: `parallel.context_parallel_max_ctas`; on NCCL, cp is then a group of its own, which alone is limited.
+        cp_max_ctas: `parallel.context_parallel_max_ctas`; cp is then a group of its own on NCCL, limited alone.
     """
     dimensions = ("pp", "dp", "cp", "tp")
     ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
