@@ -28,6 +28,10 @@ from nemo_star.runtime.machine import machine
 from nemo_star.runtime.memory import FreeMemory, free_memory
 from nemo_star.runtime.watchdog import Watchdog, watchdog_of_this_job
 
+START_UP_TOKENS = 256
+FIRST_ROUND = ("prefill_seconds", "first_token_seconds", "decode_seconds_per_token")
+"""What a row also has of its first round."""
+
 
 def run(config: BenchmarkConfig, free_memory: Callable[[torch.device], FreeMemory] = free_memory) -> int:
     """Measure all candidates at all context lengths, and after each length print its part of the table and write the
@@ -46,6 +50,7 @@ def run(config: BenchmarkConfig, free_memory: Callable[[torch.device], FreeMemor
         check_sequence_parallel(config.parallel.sequence_parallel, layout, device.type)
         contenders = _build(config, layout, watchdog)
         free = gather_objects(free_memory(device))  # beside the weights
+        _start_up(contenders, config, watchdog)
         rows: list[dict[str, Any]] = []
         for tokens in tqdm(config.context_tokens, desc="contexts", disable=dist.get_rank() > 0):
             new = _rows(contenders, tokens, config, watchdog, free)
@@ -95,23 +100,47 @@ def _rows(
 def _measure(
     contenders: Sequence[Contender], tokens: int, config: BenchmarkConfig, watchdog: Watchdog
 ) -> list[list[dict[str, Any]]]:
-    """Samples of each candidate at one context length: rounds of all in turn, some to warm up first.
+    """Samples of each candidate at one context length: rounds of all in turn, there and back, some to warm up first.
 
-    A sample is the slowest (largest) rank's.
+    Those have a token more: libraries that make a plan for each length (cuDNN) have none yet for the one that counts,
+    as with a user's context. A sample is the slowest (largest) rank's.
     """
     samples: list[list[dict[str, Any]]] = [[] for _ in contenders]
-    context = [(i * i + 7) % config.model.vocab_size for i in range(tokens)]
     for turn in range(config.warm_up_rounds + config.repeats):
-        for contender, taken in zip(contenders, samples, strict=True):
-            dist.barrier()
-            # transformers' layers make no steps that the watchdog knows.
-            own_pace = not isinstance(contender, OnEngine)
-            with watchdog.suspended(contender.candidate.word) if own_pace else nullcontext():
-                sample = contender.sample(context, config.decode_tokens)
-            reports = [report for report in gather_objects(sample) if report is not None]
-            if turn >= config.warm_up_rounds:
-                taken.append({key: max(report[key] for report in reports) for key in reports[0]})
+        warms_up = turn < config.warm_up_rounds
+        context = _context(tokens + warms_up, config)
+        for number in list(range(len(contenders)))[:: -1 if turn % 2 else 1]:
+            contender = contenders[number]
+            sample = _sample(contender, context, config, watchdog)
+            if not warms_up:
+                samples[number].append(sample)
     return samples
+
+
+def _context(tokens: int, config: BenchmarkConfig) -> list[int]:
+    return [(i * i + 7) % config.model.vocab_size for i in range(tokens)]
+
+
+def _sample(contender: Contender, context: list[int], config: BenchmarkConfig, watchdog: Watchdog) -> dict[str, Any]:
+    dist.barrier()
+    # transformers' layers make no steps that the watchdog knows.
+    own_pace = not isinstance(contender, OnEngine)
+    with watchdog.suspended(contender.candidate.word) if own_pace else nullcontext():
+        sample = contender.sample(context, config.decode_tokens)
+    reports = [report for report in gather_objects(sample) if report is not None]
+    return {key: max(report[key] for report in reports) for key in reports[0]}
+
+
+def _start_up(contenders: Sequence[Contender], config: BenchmarkConfig, watchdog: Watchdog) -> None:
+    """Run each candidate once, on a short context: libraries are loaded and communicators made, which the first would
+    pay for all where no rounds warm up. One whose sizes do not go with so short a context is left as it is."""
+    tokens = min(START_UP_TOKENS, -(-min(config.context_tokens) // 2))
+    for contender in contenders:
+        try:
+            contender.method.sizes(tokens)
+        except ValueError:
+            continue
+        _sample(contender, _context(tokens, config), config, watchdog)
 
 
 def _named(contender: Contender, tokens: int) -> dict[str, Any]:
@@ -129,8 +158,10 @@ def _named(contender: Contender, tokens: int) -> dict[str, Any]:
 
 
 def _medians(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of all rounds, and the times of the first one, which meets its length for the first time."""
     medians = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
-    return {**medians, "repeats": len(samples)}
+    first = {key: samples[0][key] for key in FIRST_ROUND if key in samples[0]}
+    return {**medians, "first_round": first, "repeats": len(samples)}
 
 
 def _write(config: BenchmarkConfig, rows: Sequence[dict[str, Any]]) -> None:

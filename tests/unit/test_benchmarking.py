@@ -1,5 +1,6 @@
 """tools/benchmark.py in the test process: what fits, in which order things run, what is left when it dies."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nemo_star.methods.config import AttentionConfig
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning.memory import weight_elements
 from nemo_star.runtime.memory import FreeMemory
+from nemo_star.runtime.watchdog import Watchdog
 
 LLAMA = ModelConfig(32, 4096, 32, 8, 14336, 128256)
 SHAPE = {
@@ -87,3 +89,43 @@ def test_rows_of_earlier_lengths_outlive_a_failure(config, groups, monkeypatch):
     (row,) = json.loads(Path(config.output).read_text())
     assert row["context_tokens"] == 40
     assert row["prefill_seconds"] > 0
+
+
+class Noted:
+    """Stands for a candidate: notes what it is asked for, and takes longer the first time it meets a length."""
+
+    def __init__(self, word, said):
+        self.candidate, self.said = Candidate.parse(word), said
+        self.method = self.candidate.method(AttentionConfig(), LLAMA)
+
+    def sample(self, context, decode_tokens):
+        met = any(entry == (self.candidate.word, len(context)) for entry in self.said)
+        self.said.append((self.candidate.word, len(context)))
+        return {"prefill_seconds": 1.0 if met else 5.0, "kv_bytes_per_rank": 1}
+
+
+def test_rounds_go_there_and_back_and_warm_up_at_another_length(config, groups):
+    said = []
+    contenders = [Noted(word, said) for word in ("dense", "ring")]
+    rounds = dataclasses.replace(config, warm_up_rounds=1, repeats=3)
+    watchdog = Watchdog(None, 1)
+    samples = benchmark._measure(contenders, 40, rounds, watchdog)
+    a, b = "dense", "ring"
+    assert said == [(a, 41), (b, 41), (b, 40), (a, 40), (a, 40), (b, 40), (b, 40), (a, 40)]
+    row = benchmark._medians(samples[0])
+    assert row == {
+        "prefill_seconds": 1.0,
+        "kv_bytes_per_rank": 1,
+        "first_round": {"prefill_seconds": 5.0},
+        "repeats": 3,
+    }
+
+
+def test_all_start_up_before_the_first_is_measured(config, groups):
+    said = []
+    star = Noted("star:shared", said)
+    star.method = star.method.resized(16)
+    large = Noted("star:recompute", said)
+    large.method = large.candidate.method(AttentionConfig(anchor_size=64), LLAMA)  # larger than a short context's block
+    benchmark._start_up([star, large, Noted("dense", said)], config, Watchdog(None, 1))
+    assert said == [("star:shared", 20), ("dense", 20)]
