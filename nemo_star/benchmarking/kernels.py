@@ -6,7 +6,7 @@ get the same work as two calls, unmasked over the anchor and causal over the blo
 Decode: one token over cached keys, in bytes of K and V per second, beside what a copy reaches in the same run.
 
 All contenders of a shape run in turn, there and back, `repeats` times; a row has the median. CUDA is timed by events
-around several calls, issued while the device is busy with something else: Python takes longer for a short one than it does.
+around several calls, issued while the device is busy with something else, so that it does not wait for Python.
 
 Some libraries make a plan for each length (cuDNN), and in decode each length comes once: contenders are warmed up at
 another length, and a row has the first call at its own, too.
