@@ -20,7 +20,7 @@ from nemo_star.benchmarking.fit import shortage
 from nemo_star.benchmarking.report import check_plots, draw, table
 from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.models.sequence_parallel import check_sequence_parallel
-from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_first_rank
+from nemo_star.parallel.groups import barrier, create_groups, gather_objects, initialize, on_first_rank
 from nemo_star.parallel.layout import Layout, plan_layout
 from nemo_star.runtime.files import check_target, write_whole
 from nemo_star.runtime.launch import environment_world_size
@@ -122,7 +122,7 @@ def _context(tokens: int, config: BenchmarkConfig) -> list[int]:
 
 
 def _sample(contender: Contender, context: list[int], config: BenchmarkConfig, watchdog: Watchdog) -> dict[str, Any]:
-    dist.barrier()
+    barrier()
     # transformers' layers make no steps that the watchdog knows.
     own_pace = not isinstance(contender, OnEngine)
     with watchdog.suspended(contender.candidate.word) if own_pace else nullcontext():

@@ -117,6 +117,7 @@ class BlockEncoding:
         """Between two rounds nothing is under way but what an earlier one sent."""
         if self._handover is not None:
             self._handover.finish()
+        self._engine.stage.finish_sending()
         self.steps_left, self._handover, self._preceding = 0, None, None
 
     def _open(self) -> None:
@@ -154,6 +155,7 @@ class BlockEncoding:
             spans = context.partition.spans_of(engine.groups.cp.rank())
             near = clipped(spans, self._preceding.cached_from, context.tokens)
             context.cache.keep_last(engine.stage.windowed_layer_numbers, sum(stop - start for start, stop in near))
+        engine.stage.finish_sending()
         engine.synchronize()
 
 

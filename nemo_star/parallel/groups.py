@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_star.parallel.layout import Layout
+from nemo_star.runtime.launch import check_launcher, environment_local_rank
 
 T = TypeVar("T")
 NO_LIMIT = timedelta(days=20)
@@ -25,13 +26,19 @@ NO_LIMIT = timedelta(days=20)
 
 
 def initialize() -> torch.device:
-    """Join the default process group (once) and return this process's device."""
+    """Join the default process group (once) and return this process's device.
+
+    Raises:
+        ValueError: the launcher did not say who this process is, or there are more processes than GPUs.
+    """
+    if not dist.is_initialized():
+        check_launcher()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", environment_local_rank()[0])
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                f"{environment_local_rank()[1]} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 "start one process for each"
             )
         torch.cuda.set_device(device)
@@ -146,6 +153,15 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     # torch 2.13 renames the function and warns of its old name.
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(gathered, tensor, group=group)
     return gathered.view(group.size(), *tensor.shape)
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all ranks of a group (None: of all).
+
+    On NCCL a barrier is a collective of a tensor on some device, which torch has to guess unless it is told.
+    """
+    on_gpus = dist.get_backend(group) == "nccl"
+    dist.barrier(group, device_ids=[torch.cuda.current_device()] if on_gpus else None)
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -9,6 +9,7 @@ import torch
 
 from nemo_star import LLM
 from nemo_star.engine import encoding
+from nemo_star.engine.engine import finished
 
 CONTEXT = [(7 * i * i + 3 * i) % 251 for i in range(120)]
 
@@ -104,3 +105,19 @@ def test_no_more_than_one_block_waits_in_the_device_s_queue(engine, monkeypatch)
     engine.encode([i * i % 251 for i in range(100)], on_block=lambda: seen.append((len(queued), len(done))))
     assert seen == [(1, 0), (2, 1), (3, 2), (4, 3)]
     assert done == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ends", ["finished", "abandoned"])
+def test_what_a_stage_sent_on_does_not_outlive_the_prefill(engine, ends):
+    waited = []
+    tensor = torch.zeros(8)
+    freed = weakref.ref(tensor)
+    begun = engine.begin(CONTEXT)
+    engine.stage._sending = SimpleNamespace(wait=lambda: waited.append(True)), tensor
+    del tensor
+    if ends == "finished":
+        finished(begun)
+    else:
+        begun.abandon()
+    assert waited == [True]
+    assert freed() is None

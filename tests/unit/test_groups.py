@@ -1,12 +1,16 @@
 """Process groups: which communicators a layout makes, by recorded calls."""
 
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from nemo_star.parallel.groups import create_groups
+from nemo_star.parallel.groups import barrier, create_groups
 from nemo_star.parallel.layout import Layout
+from nemo_star.runtime.launch import check_launcher
 
 NAMES = ("tp", "cp", "pp", "dp", "tp_cp", "dp_cp")
 
@@ -84,3 +88,37 @@ def test_few_thread_blocks_are_for_the_cp_group_alone(made, monkeypatch):
         groups, _, given = made(layout, **settings)
         assert set(given) == {None}
         assert groups.replica is groups.cp
+
+
+def test_a_barrier_names_its_device_on_gpus(monkeypatch):
+    said = []
+    monkeypatch.setattr(dist, "barrier", lambda group, device_ids: said.append((group, device_ids)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for backend in ("nccl", "gloo"):
+        monkeypatch.setattr(dist, "get_backend", lambda group, backend=backend: backend)
+        barrier("some ranks")
+    assert said == [("some ranks", [3]), ("some ranks", None)]
+
+
+TORCHRUN = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, None),
+        (TORCHRUN, None),
+        ({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK, LOCAL_WORLD_SIZE not"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "set RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID"),
+    ],
+)
+def test_processes_that_would_not_find_each_other_are_refused(monkeypatch, environment, message):
+    for name in (*TORCHRUN, "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)) if message else nullcontext():
+        check_launcher()
