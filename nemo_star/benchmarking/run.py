@@ -88,12 +88,12 @@ def _rows(
     reasons = [shortage(contender, config.model, tokens, free) for contender in contenders]
     fitting = [contender for contender, reason in zip(contenders, reasons, strict=True) if reason is None]
     samples = iter(_measure(fitting, tokens, config, watchdog))
-    rows = []
+    rows, where = [], machine()
     for contender, reason in zip(contenders, reasons, strict=True):
         row = {**_named(contender, tokens), "withheld": reason}
         if reason is None:
             row |= counted(contender, config.model, tokens) | _medians(next(samples))
-        rows.append(row | machine())
+        rows.append(row | where)
     return rows
 
 

@@ -90,7 +90,9 @@ class Watchdog:
         self._place = place
 
     def watch_layers(self, layers: nn.ModuleList, device: torch.device) -> None:
-        """Count each pass of a layer as a step, when the device has done it."""
+        """Count each pass of a layer as a step, when the device has done it; not where nobody looks."""
+        if self._connect is None:
+            return
         for number, layer in enumerate(layers, start=1):
             layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self._passed(place, device))
 
