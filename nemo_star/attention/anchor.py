@@ -17,6 +17,9 @@ from torch import Tensor
 
 from nemo_star.attention.cache import KVCache, KVShape
 
+MAX_OPEN = 2
+"""Layers whose anchor is on its way at the same time; `methods.star.Star.kept_bytes` plans for as many."""
+
 
 class SharedAnchor:
     """The anchor of one context on one rank.
@@ -59,13 +62,23 @@ class SharedAnchor:
     def give(self, layer_number: int, k: Tensor, v: Tensor) -> None:
         """On cp rank 0, in block 0: start handing out the first A tokens of k, v [sk, b, ng, hn]."""
         self._given.add(layer_number)
+        if not self._uses[layer_number]:
+            self._drop_oldest()
         packed = torch.stack((k[: self.tokens], v[: self.tokens])).to(self._shape.dtype)
         if self._group.size() > 1:
-            for earlier in [number for number, work in self._works.items() if work.is_completed()]:
-                self._arrived(earlier)  # nobody here wants it: it is not kept longer than it takes to hand out
             self._works[layer_number] = dist.broadcast(packed, group=self._group, group_src=0, async_op=True)
         if self._uses[layer_number]:
             self._kv[layer_number] = packed
+
+    def _drop_oldest(self) -> None:
+        """Leave one broadcast under way, beside the one that comes next, where nobody here wants what is handed out.
+
+        A work holds its tensor until it is waited for, and a host that runs ahead of its GPU never sees it completed:
+        all layers would be kept. On NCCL it is the GPU's queue that waits, not the host, and torch lets the tensor go
+        then (from 2.8 on, pull request 150398; before, when the allocator sees that the device has come so far).
+        """
+        while len(self._works) >= MAX_OPEN:
+            self._arrived(next(iter(self._works)))
 
     def take(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """The anchor's k, v, each [A, b, ng, hn]; waits for them where they are still on their way."""

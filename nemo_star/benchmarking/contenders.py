@@ -78,6 +78,7 @@ class OnEngine:
             prefill = engine.prefill_report(encoded)
             kv_bytes = encoded.cache.nbytes
             marks = []
+            asked = time.perf_counter()
             for _ in engine.generate(
                 encoded, QUERY, max_tokens=decode_tokens + 1, choose=lambda logits: (int(logits.argmax()), False)
             ):
@@ -90,6 +91,7 @@ class OnEngine:
             }
         return {
             "prefill_seconds": prefill.seconds,
+            "first_token_seconds": marks[0] - asked,
             "decode_seconds_per_token": median_step(marks),
             "kv_bytes_per_rank": kv_bytes,
             "peak_memory_bytes": peak,

@@ -5,11 +5,16 @@ get the same work as two calls, unmasked over the anchor and causal over the blo
 
 Decode: one token over cached keys, in bytes of K and V per second, beside what a copy reaches in the same run.
 
-All contenders of a shape run in turn, `repeats` times after a warm-up; a row has the median. CUDA is timed by events.
+All contenders of a shape run in turn, there and back, `repeats` times; a row has the median. CUDA is timed by events
+around several calls, issued while the device is busy with something else, so that it does not wait for Python.
+
+Some libraries make a plan for each length (cuDNN), and in decode each length comes once: contenders are warmed up at
+another length, and a row has the first call at its own, too.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +36,10 @@ TORCH_BACKENDS = {
 }
 MAX_SCORES = 2**28
 """The math kernel writes every score; shapes above take long and are left out for it."""
+SAMPLE_SECONDS, MAX_CALLS = 2e-3, 32
+"""So many calls make a sample that it takes about so long."""
+BUSY_BYTES, BUSY_TIMES = 2**28, 32
+"""Written before a sample of several calls: 8.6 GB, 2.5 ms at an H100's data sheet's 3.35 TB/s."""
 
 Contenders = dict[str, Callable[[], Any]]
 
@@ -58,21 +67,26 @@ class Shape:
 
 
 def measure(shape: Shape, *, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    """Rows of one shape: `{**shape, kernel, seconds, tflops | bytes_per_second, repeats, dtype}`.
+    """Rows of one shape: `{**shape, kernel, seconds, first_seconds, tflops | bytes_per_second, repeats, dtype}`.
+
+    `first_seconds`: of the first call at this shape, by the host's clock, until the device has done it.
 
     A contender that cannot run has `seconds` None and `withheld`, the reason.
     """
     q, k, v = _inputs(shape, device, dtype)
     contenders = _contenders(shape, q, k, v)
+    shorter = _contenders(shape, q if shape.queries == 1 else q[1:], k[1:], v[1:]) if shape.keys > 1 else contenders
     if shape.phase == "decode":
         source = torch.stack((k, v))
         target = torch.empty_like(source)
         contenders = {"copy": lambda: target.copy_(source), **contenders}
-    seconds, withheld = _in_turn(contenders, device, repeats)
+    first, withheld = _first_calls(contenders, shorter, device)
+    seconds = _in_turn({name: contenders[name] for name in first}, device, repeats)
     common = {**asdict(shape), "dtype": str(dtype).removeprefix("torch."), "repeats": repeats}
     rows = []
     for name in contenders:
-        row = {**common, "kernel": name, "seconds": seconds.get(name), "withheld": withheld.get(name)}
+        times = {"seconds": seconds.get(name), "first_seconds": first.get(name)}
+        row = {**common, "kernel": name, **times, "withheld": withheld.get(name)}
         if name in seconds and shape.phase == "prefill":
             row["tflops"] = shape.flops / seconds[name] / 1e12
         elif name in seconds:
@@ -82,16 +96,19 @@ def measure(shape: Shape, *, device: torch.device, dtype: torch.dtype, repeats: 
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], *, titles: bool = True) -> str:
     """Rows for a person."""
-    lines = [f"{'phase':<8} {'queries':>8} {'keys':>8} {'kernel':<16} {'ms':>10}  rate"]
+    lines = (
+        [f"{'phase':<8} {'queries':>8} {'keys':>8} {'kernel':<16} {'ms':>10} {'first ms':>10}  rate"] if titles else []
+    )
     for row in rows:
         head = f"{row['phase']:<8} {row['queries']:>8} {row['keys']:>8} {row['kernel']:<16}"
         if row["seconds"] is None:
-            lines.append(f"{head} {'-':>10}  withheld: {row['withheld']}")
+            lines.append(f"{head} {'-':>10} {'-':>10}  withheld: {row['withheld']}")
         else:
             rate = f"{row['tflops']:.3g} TFLOP/s" if "tflops" in row else f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
-            lines.append(f"{head} {row['seconds'] * 1e3:>10.3f}  {rate}")
+            times = f"{row['seconds'] * 1e3:>10.3f} {row['first_seconds'] * 1e3:>10.3f}"
+            lines.append(f"{head} {times}  {rate}")
     return "\n".join(lines)
 
 
@@ -141,35 +158,67 @@ def _by_torch(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float
 
 
 @torch.inference_mode()
-def _in_turn(contenders: Contenders, device: torch.device, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
-    """(median seconds by contender, reasons of those that do not run)."""
+def _first_calls(
+    contenders: Contenders, shorter: Contenders, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(seconds of the first call by contender, reasons of those that do not run).
+
+    Args:
+        shorter: the same with a key less, which are run before: workspaces are made and code is loaded then.
+    """
+    first: dict[str, float] = {}
     withheld: dict[str, str] = {}
     for name, work in contenders.items():
         try:
-            for _ in range(2):  # the first builds plans and workspaces
-                work()
+            shorter.get(name, work)()
             _synchronize(device)
+            started = time.perf_counter()
+            work()
+            _synchronize(device)
+            first[name] = time.perf_counter() - started
         except Exception as error:  # libraries refuse a shape with whatever they like
             withheld[name] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    times: dict[str, list[float]] = {name: [] for name in contenders if name not in withheld}
-    for _ in range(repeats):
-        for name, samples in times.items():
-            samples.append(_seconds(contenders[name], device))
-    return {name: statistics.median(samples) for name, samples in times.items()}, withheld
+    return first, withheld
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+@torch.inference_mode()
+def _in_turn(contenders: Contenders, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds by contender."""
+    calls = {}
+    for name, work in contenders.items():
+        once = _seconds(work, device, calls=1)
+        calls[name] = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats):
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            times[name].append(_seconds(contenders[name], device, calls=calls[name]))
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, *, calls: int) -> float:
+    """Of one call, from so many one after the other."""
     if device.type != "cuda":
         started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
+        for _ in range(calls):
+            work()
+        return (time.perf_counter() - started) / calls
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _synchronize(device)
+    if calls > 1:
+        _keep_busy(device)
     before.record()
-    work()
+    for _ in range(calls):
+        work()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return before.elapsed_time(after) / 1e3 / calls
+
+
+def _keep_busy(device: torch.device) -> None:
+    """Give the device a millisecond or more to do, so that calls wait in its queue and it never waits for Python."""
+    filled = torch.empty(BUSY_BYTES, dtype=torch.uint8, device=device)
+    for _ in range(BUSY_TIMES):
+        filled.zero_()
 
 
 def _synchronize(device: torch.device) -> None:

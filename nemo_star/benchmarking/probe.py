@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
+from nemo_star.parallel.groups import barrier
 
 ROUNDS = 9
 
@@ -42,7 +42,7 @@ def time_cache_reads(engine: Engine, context: EncodedContext) -> dict[str, float
 
 @torch.inference_mode()
 def _seconds(work: Callable[[], None], engine: Engine) -> float:
-    dist.barrier(engine.groups.replica)
+    barrier(engine.groups.replica)
     engine.synchronize()
     started = time.perf_counter()
     work()

@@ -23,20 +23,26 @@ _COLUMNS = (
     ("time x", 7),
     ("byte x", 7),
     ("KV read x", 9),
+    ("1st token", 9),
     ("peak MiB", 9),
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Times, and for each the ratio of times and of what was counted over the first candidate at that length.
+def table(rows: Sequence[Row], *, titles: bool = True) -> str:
+    """Times, and for each the ratio of times and of what was counted over the first candidate that ran at that length.
 
     `FLOP x`: operations of prefill, all ranks'. `byte x`: weights that a rank reads for a token. `KV read x`: a token's
-    attention over a plain read of the same K/V.
+    attention over a plain read of the same K/V. `1st token`: ms, in the first round. A row withheld says why.
     """
     width = max(16, *(len(row["kind"]) for row in rows))
-    lines = [f"{'context':>9} {'kind':<{width}} " + " ".join(f"{title:>{size}}" for title, size in _COLUMNS)]
+    head = f"{'context':>9} {'kind':<{width}} " + " ".join(f"{title:>{size}}" for title, size in _COLUMNS)
+    lines = [head] if titles else []
     first: dict[int, Row] = {}
     for row in rows:
+        start = f"{row['context_tokens']:>9} {row['kind']:<{width}}"
+        if row["withheld"] is not None:
+            lines.append(f"{start} withheld: {row['withheld']}")
+            continue
         base = first.setdefault(row["context_tokens"], row)
         cells = (
             f"{row['prefill_seconds']:.3f}",
@@ -46,11 +52,16 @@ def table(rows: Sequence[Row]) -> str:
             _over(row, base, "decode_seconds_per_token"),
             _over(row, base, "decode_weight_bytes"),
             _ratio(row.get("decode_attention_seconds"), row.get("kv_read_seconds")),
+            _milliseconds(row["first_round"].get("first_token_seconds")),
             f"{row['peak_memory_bytes'] / 2**20:.0f}",
         )
         padded = " ".join(f"{cell:>{size}}" for cell, (_, size) in zip(cells, _COLUMNS, strict=True))
-        lines.append(f"{row['context_tokens']:>9} {row['kind']:<{width}} {padded}")
+        lines.append(f"{start} {padded}")
     return "\n".join(lines)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 def _over(row: Row, base: Row, key: str) -> str:

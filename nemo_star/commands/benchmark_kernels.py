@@ -8,9 +8,11 @@ A block is measured without an anchor, as block 0 runs, and with one of its own 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_star.commands.arguments import parser
 from nemo_star.config.llm import DTYPES
@@ -58,12 +60,12 @@ def main(arguments: Sequence[str]) -> int:
         for anchor in (0, block)
     ]
     shapes += [Shape(phase="decode", queries=1, keys=cached, **model) for cached in given.cached]
-    rows = [
-        {**row, **machine()}
-        for shape in shapes
-        for row in measure(shape, device=device, dtype=dtype, repeats=given.repeats)
-    ]
-    print(table(rows))
-    if given.output:
-        write_whole(Path(given.output), lambda file: file.write_text(json.dumps(rows, indent=2) + "\n"))
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:  # what comes early outlives what dies later
+        new = [{**row, **machine()} for row in measure(shape, device=device, dtype=dtype, repeats=given.repeats)]
+        print(table(new, titles=not rows), flush=True)
+        rows += new
+        if given.output:
+            text = json.dumps(rows, indent=2) + "\n"
+            write_whole(Path(given.output), functools.partial(Path.write_text, data=text))
     return 0

@@ -52,7 +52,8 @@ class BenchmarkConfig:
     repeats: int = 3
     """Rounds at each context length; medians are taken."""
     warm_up_rounds: int = 1
-    """Rounds of all at each context length before those that count."""
+    """Rounds of all with a token more than each context length before those that count: what is made for one length
+    alone is left to the first of these (`first_round` in the rows)."""
     plot: str | None = None
     """Folder for time.png, memory.png, speedup.png; needs matplotlib: pip install 'nemo-star[plot]'."""
     overwrite: bool = False

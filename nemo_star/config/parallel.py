@@ -26,6 +26,9 @@ class ParallelConfig:
     on each. None: `sharded` where an estimate says that it pays."""
     sequence_parallel: bool = False
     """Prefill on GPUs with tensor parallelism: hidden states are divided over the tp ranks between matrix products."""
+    context_parallel_max_ctas: int | None = None
+    """On GPUs: thread blocks that NCCL's kernels over cp take at most. Those of anchors' broadcasts wait on their SMs
+    beside the matrix products of the whole prefill; 4 are few. None: as many as NCCL wants. Not measured."""
     timeout_minutes: float = 30.0
     """The job ends when no rank has finished a layer or a request for so long; work that goes on has no limit."""
 
@@ -35,6 +38,7 @@ class ParallelConfig:
             "pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
+            "context_parallel_max_ctas",
         ):
             size = getattr(self, name)
             if size is not None and size < 1:

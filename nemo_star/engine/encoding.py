@@ -18,6 +18,7 @@ from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import Handover, PrefillStep
 from nemo_star.engine.context import EncodedContext
 from nemo_star.methods.partition import Block, Partition, clipped
+from nemo_star.runtime.marks import Mark, mark
 
 if TYPE_CHECKING:
     from nemo_star.engine.engine import Engine
@@ -67,6 +68,7 @@ class BlockEncoding:
         # Made with the first step: all ranks put their exchanges under way at the same place in the order of things.
         self._handover: Handover | None = None
         self._preceding: PrecedingKV | None = None
+        self._last: Mark | None = None
         tokens = [[context.method.tokens_in_flight(block) for block in of_rank] for of_rank in blocks.ranks]
         self._in_flight = list(zip_longest(*tokens, fillvalue=0))
 
@@ -93,10 +95,17 @@ class BlockEncoding:
             self._ids,
         )
         self.steps_left -= 1
+        self._wait_for_the_one_before()
         if not self.steps_left:
             self._close()
         self.context.seconds += time.perf_counter() - started
         return block is not NO_BLOCK
+
+    def _wait_for_the_one_before(self) -> None:
+        """A GPU has this block in its queue and nothing more: progress is told at most a block ahead of it."""
+        before, self._last = self._last, mark(self._engine.device)
+        if before is not None:
+            before.synchronize()
 
     @property
     def done_by_rank(self) -> list[tuple[int, int]]:
@@ -108,6 +117,7 @@ class BlockEncoding:
         """Between two rounds nothing is under way but what an earlier one sent."""
         if self._handover is not None:
             self._handover.finish()
+        self._engine.stage.finish_sending()
         self.steps_left, self._handover, self._preceding = 0, None, None
 
     def _open(self) -> None:
@@ -145,6 +155,7 @@ class BlockEncoding:
             spans = context.partition.spans_of(engine.groups.cp.rank())
             near = clipped(spans, self._preceding.cached_from, context.tokens)
             context.cache.keep_last(engine.stage.windowed_layer_numbers, sum(stop - start for start, stop in near))
+        engine.stage.finish_sending()
         engine.synchronize()
 
 

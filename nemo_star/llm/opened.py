@@ -66,7 +66,7 @@ class OpenedModel:
             self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
             self.device = initialize()
             check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
-            self.groups = create_groups(layout)
+            self.groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
             self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
             self._exits = exits.pop_all()
 
@@ -100,7 +100,7 @@ class OpenedModel:
         with self.watchdog.suspended("loading the weights"):
             self._prepare_checkpoint()
             self.engine = build_engine(self.config, self.description, self.groups, self.device)
-        self.watchdog.watch_layers(self.engine.stage.model.decoder.layers)
+        self.watchdog.watch_layers(self.engine.stage.model.decoder.layers, self.device)
 
     def _prepare_checkpoint(self) -> None:
         """What has to be converted or verified is, by the ranks of each machine for themselves."""

@@ -213,12 +213,17 @@ class Stage:
         """Send [s, b, h] to the next stage, and go on: at most one send is under way."""
         if self.is_last:
             return
-        if self._sending is not None:
-            self._sending[0].wait()
+        self.finish_sending()
         hidden = hidden.contiguous()
         work = dist.isend(hidden, group=self.group, group_dst=self.group.rank() + 1)
         assert work is not None
         self._sending = work, hidden
+
+    def finish_sending(self) -> None:
+        """Wait until the next stage has what was sent, and let go of it: of a long block, hundreds of megabytes."""
+        if self._sending is not None:
+            self._sending[0].wait()
+        self._sending = None
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:

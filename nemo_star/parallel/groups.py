@@ -11,13 +11,14 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_star.parallel.layout import Layout
+from nemo_star.runtime.launch import check_launcher, environment_local_rank
 
 T = TypeVar("T")
 NO_LIMIT = timedelta(days=20)
@@ -25,13 +26,19 @@ NO_LIMIT = timedelta(days=20)
 
 
 def initialize() -> torch.device:
-    """Join the default process group (once) and return this process's device."""
+    """Join the default process group (once) and return this process's device.
+
+    Raises:
+        ValueError: the launcher did not say who this process is, or there are more processes than GPUs.
+    """
+    if not dist.is_initialized():
+        check_launcher()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", environment_local_rank()[0])
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                f"{environment_local_rank()[1]} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 "start one process for each"
             )
         torch.cuda.set_device(device)
@@ -83,35 +90,61 @@ class Groups:
         return self.collection.dp
 
 
-def create_groups(layout: Layout) -> Groups:
-    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset."""
+def create_groups(layout: Layout, *, cp_max_ctas: int | None = None) -> Groups:
+    """All groups that inference uses; nothing is trained, so Megatron's embedding groups stay unset.
+
+    Groups of equal members are one object, because each is a communicator of its own on NCCL, with its own buffers on
+    the device. All that goes over them is issued by one thread, in an order that is the same on all ranks. Not so what
+    experts exchange beside attention: `ep` is its own. Nor is torch's default group taken for one: a program that
+    embeds this one may use it, with a time limit of its own.
+
+    Args:
+        cp_max_ctas: `parallel.context_parallel_max_ctas`; cp is then a group of its own on NCCL, limited alone.
+    """
     dimensions = ("pp", "dp", "cp", "tp")
     ranks = torch.arange(dist.get_world_size()).view(layout.pp, layout.dp, layout.cp, layout.tp)
+    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
-    def group(*inside: str) -> dist.ProcessGroup:
+    def group(*inside: str, alone: bool = False, options: Any = None) -> dist.ProcessGroup:
         """The group of this rank over the named dimensions; all ranks make all groups, in the same order."""
         others = [dim for dim, name in enumerate(dimensions) if name not in inside]
         within = [dim for dim, name in enumerate(dimensions) if name in inside]
         members = ranks.permute(*others, *within).flatten(0, len(others) - 1).flatten(1).tolist()
-        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT)
-        return mine
+        key = tuple(sorted(map(tuple, members)))  # of all groups, not of this rank's: all ranks decide alike
+        alone = alone or options is not None
+        if not alone and key in made:
+            return made[key]
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout=NO_LIMIT, pg_options=options)
+        return mine if alone else made.setdefault(key, mine)
 
-    groups = {name: group(name) for name in ("tp", "cp", "pp", "dp")}
+    few = None if cp_max_ctas is None or dist.get_backend() != "nccl" else _nccl_options(cp_max_ctas)
+    groups = {name: group(name, options=few if name == "cp" else None) for name in ("tp", "cp", "pp", "dp")}
     groups["tp_cp"] = group("cp", "tp")
     if layout.ep > 1:
-        groups["ep"] = group("cp")  # a communicator of its own: what experts exchange is in no order with attention's
+        groups["ep"] = group("cp", alone=True)  # what experts exchange is in no order with attention's
     groups["dp_cp"] = group("dp", "cp")  # the copies of a weight, for dist_checkpointing
     return Groups(ProcessGroupCollection(**groups, embd=None, pos_embd=None), layout, group("pp", "cp", "tp"))
+
+
+def _nccl_options(max_ctas: int) -> Any:
+    """Options of an NCCL communicator, as Megatron makes them (`core/parallel_state.py: get_nccl_options`)."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    options._timeout = NO_LIMIT  # torch takes `timeout` and warns where the two differ
+    return options
 
 
 def groups_from_parallel_state() -> Groups:
     """The groups of a program that has called Megatron's `parallel_state.initialize_model_parallel` itself."""
     collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "dp", "tp_cp", "dp_cp", "embd"])
+    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
+    layout = Layout(*sizes)
+    if layout.pp == 1:
+        return Groups(collection, layout, collection.tp_cp)
     replicas = gather_objects(collection.dp.rank())
     enumeration = [[r for r, d in enumerate(replicas) if d == replica] for replica in sorted(set(replicas))]
     replica, _ = dist.new_subgroups_by_enumeration(enumeration)
-    sizes = (group.size() for group in (collection.tp, collection.cp, collection.dp, collection.pp))
-    return Groups(collection, Layout(*sizes), replica)
+    return Groups(collection, layout, replica)
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -120,6 +153,15 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     # torch 2.13 renames the function and warns of its old name.
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(gathered, tensor, group=group)
     return gathered.view(group.size(), *tensor.shape)
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all ranks of a group (None: of all).
+
+    On NCCL a barrier is a collective of a tensor on some device, which torch has to guess unless it is told.
+    """
+    on_gpus = dist.get_backend(group) == "nccl"
+    dist.barrier(group, device_ids=[torch.cuda.current_device()] if on_gpus else None)
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

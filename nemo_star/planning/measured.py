@@ -53,7 +53,9 @@ def compare_rows(config: PlanConfig) -> list[dict[str, Any]]:
 
 
 def _candidate(row: Row) -> Candidate | None:
-    """The word of `compare` that a row measured; None for what cannot be planned (transformers)."""
+    """The word of `compare` that a row measured; None for what cannot be planned (transformers) or was withheld."""
+    if row.get("withheld") is not None:
+        return None
     attention, anchor = row.get("attention"), row.get("anchor")
     try:
         return Candidate.parse(f"{attention}:{anchor}" if anchor else str(attention))

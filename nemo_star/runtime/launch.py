@@ -16,6 +16,11 @@ EXIT_BAD_LINES = 3
 """JSONL: every line was answered, some with an `error` field."""
 PEER_EXIT_SECONDS = 20
 """How long a rank with nothing to say waits to be ended by the launcher."""
+_LAUNCHERS = (
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+"""Variables of other launchers: number of processes, rank, rank on the machine."""
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
@@ -32,6 +37,27 @@ def environment_local_rank() -> tuple[int, int]:
 def environment_world_size() -> int:
     """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launcher() -> None:
+    """Refuse an environment in which processes that were started together would not find each other or themselves.
+
+    torchrun sets what is needed. srun and mpirun set names of their own, with which each process would take itself to
+    be alone, and all of them the first GPU.
+
+    Raises:
+        ValueError: names what is missing, and where it comes from under these launchers.
+    """
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise ValueError(f"RANK is set, {', '.join(missing)} not: torchrun sets all, under another launcher you do")
+    for launcher, number, rank, local_rank in _LAUNCHERS:
+        if missing and int(os.environ.get(number) or "1") > 1:
+            raise ValueError(
+                f"{launcher} started {os.environ[number]} processes, which know of each other by {', '.join(needed)}: "
+                f"set RANK=${rank} LOCAL_RANK=${local_rank} and the others in each, or let it start one torchrun a node"
+            )
 
 
 def warn(message: str) -> None:

@@ -4,7 +4,8 @@ A limit on every collective would cut honest work: a replica waits for the longe
 while dense attention runs on one. So collectives have no limit of their own. Each rank counts its steps (layers,
 requests); a thread notes in the job's store when there were some; when no rank of the job has made one for
 `timeout_minutes`, all end.
-On CUDA a step is a layer handed to the device, which runs ahead of the device by what its queue holds.
+On CUDA the host runs ahead of the device, and may wait for all that is queued in a single call: there a layer is a step
+when the device has done it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -29,6 +32,7 @@ from nemo_star.runtime.launch import (
     leave,
     warn,
 )
+from nemo_star.runtime.marks import Mark, mark
 from nemo_star.runtime.store import connect
 
 _MAX_LOOK_SECONDS = 10.0
@@ -60,6 +64,8 @@ class Watchdog:
         self._clock = clock
         self._steps = self._stored_steps = 0
         self._place, self._stored_place = "the start", ""
+        self._queued: deque[tuple[str, Mark]] = deque()
+        self._counting = threading.Lock()
         self._suspended = 0
         self._total, self._since, self._looked = -1, clock(), clock()
         self._interval = min(timeout_minutes * 60 / 4, _MAX_LOOK_SECONDS)
@@ -83,10 +89,27 @@ class Watchdog:
         self._steps += 1
         self._place = place
 
-    def watch_layers(self, layers: nn.ModuleList) -> None:
-        """Count each pass of a layer as a step."""
+    def watch_layers(self, layers: nn.ModuleList, device: torch.device) -> None:
+        """Count each pass of a layer as a step, when the device has done it; not where nobody looks."""
+        if self._connect is None:
+            return
         for number, layer in enumerate(layers, start=1):
-            layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self.step(place))
+            layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self._passed(place, device))
+
+    def _passed(self, place: str, device: torch.device) -> None:
+        """A layer was called."""
+        mark_after = mark(device)
+        if mark_after is None:
+            self.step(place)
+        else:
+            self._count_done()
+            self._queued.append((place, mark_after))
+
+    def _count_done(self) -> None:
+        """Steps are those of the queued layers that the device has done. Two threads ask, of which one may wait."""
+        with self._counting:
+            while self._queued and self._queued[0][1].query():
+                self.step(self._queued.popleft()[0])
 
     @contextmanager
     def suspended(self, place: str) -> Iterator[None]:
@@ -113,6 +136,7 @@ class Watchdog:
         if self._store is None:
             assert self._connect is not None
             self._store = self._connect()
+        self._count_done()
         steps, place, now = self._steps, self._place, self._clock()
         total = self._store.add("steps", int(self._suspended > 0 or steps != self._stored_steps))
         if place != self._stored_place:

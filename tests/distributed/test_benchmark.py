@@ -43,6 +43,8 @@ def test_rows_of_all_kinds_and_lengths(measured):
         for name in ("prefill_seconds", "decode_seconds_per_token", "prefill_flops", "peak_memory_bytes"):
             assert row[name] > 0
         assert row["repeats"] == 2
+        times = {"prefill_seconds", "first_token_seconds", "decode_seconds_per_token"}
+        assert set(row["first_round"]) == times - ({"first_token_seconds"} if row["kind"] == "transformers" else set())
         assert row["kind"] in printed
     by_kind = {row["kind"]: row for row in rows if row["context_tokens"] == 160}
     assert by_kind["star:recompute"]["prefill_flops"] > by_kind["star:shared"]["prefill_flops"]

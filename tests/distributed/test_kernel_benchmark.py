@@ -1,8 +1,11 @@
+import itertools
 import json
 
 import pytest
+import torch
 from launch import ROOT, run_tool
 
+from nemo_star.benchmarking import kernels
 from nemo_star.benchmarking.kernels import Shape
 
 TOOL = ROOT / "tools/benchmark_kernels.py"
@@ -20,13 +23,14 @@ def test_rows_of_all_contenders(tmp_path):
             assert row["withheld"]
         else:
             assert row["seconds"] > 0
+            assert row["first_seconds"] > 0
             assert row["tflops" if row["phase"] == "prefill" else "bytes_per_second"] > 0
     assert set(by_shape) == {("prefill", 64, 64), ("prefill", 64, 128), ("decode", 1, 300)}
-    for (phase, *_), kernels in by_shape.items():
-        assert {"numba", "cpu", "math", "torch:flash", "torch:cudnn"} <= set(kernels)
-        assert ("copy" in kernels) == (phase == "decode")
-        assert kernels["cpu"]["seconds"] is not None
-        assert kernels["torch:cudnn"]["withheld"]  # on CPU
+    for (phase, *_), measured in by_shape.items():
+        assert {"numba", "cpu", "math", "torch:flash", "torch:cudnn"} <= set(measured)
+        assert ("copy" in measured) == (phase == "decode")
+        assert measured["cpu"]["seconds"] is not None
+        assert measured["torch:cudnn"]["withheld"]  # on CPU
     assert "torch:flash" in done.stdout
 
 
@@ -48,3 +52,59 @@ def test_what_is_wrong_is_named_before_the_work(arguments, message):
     done = run_tool(TOOL, *arguments)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_rows_of_earlier_shapes_outlive_a_failure(tmp_path, monkeypatch):
+    from nemo_star.commands.benchmark_kernels import main
+
+    def measured(shape, **_):
+        if shape.phase == "decode":
+            raise RuntimeError("out of memory")
+        return [
+            {"phase": shape.phase, "queries": 1, "keys": shape.keys, "kernel": "x", "seconds": None, "withheld": "-"}
+        ]
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([*map(str, SMALL), "--output", str(tmp_path / "rows.json")])
+    assert [row["keys"] for row in json.loads((tmp_path / "rows.json").read_text())] == [64, 128]
+
+
+def test_a_shape_is_first_called_when_another_length_has_warmed_up():
+    said = []
+    work, shorter = {"x": lambda: said.append("own")}, {"x": lambda: said.append("shorter")}
+    first, withheld = kernels._first_calls(work, shorter, torch.device("cpu"))
+    assert said == ["shorter", "own"]
+    assert first["x"] > 0
+    assert not withheld
+
+
+def test_contenders_run_there_and_back():
+    said = []
+    kernels._in_turn({name: lambda name=name: said.append(name) for name in "ab"}, torch.device("cpu"), repeats=2)
+    runs = [name for name, _ in itertools.groupby(said)]
+    assert runs == ["a", "b", "a", "b", "a"]  # once for their calls a sample; there; back: b again, then a
+
+
+def test_events_are_around_several_calls_of_a_busy_device(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, _):
+            return 6.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(kernels, "_keep_busy", lambda device: said.append("busy"))
+    seconds = kernels._seconds(lambda: said.append("call"), torch.device("cuda"), calls=3)
+    assert said == ["busy", "event", "call", "call", "call", "event"]
+    assert seconds == pytest.approx(2e-3)

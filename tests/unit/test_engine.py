@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nemo_star import LLM
+from nemo_star.engine import encoding
 from nemo_star.engine.build import engine_around
+from nemo_star.engine.engine import finished
 from nemo_star.kernels.math import MathKernel
 from nemo_star.kernels.te import TEKernel
 from nemo_star.kernels.torch_flash import FlashKernel
@@ -107,3 +110,35 @@ def test_token_ids_may_be_a_tensor(tiny):
     with pytest.raises(ValueError, match="stop .* needs text"):
         llm.generate(book, [3], SamplingParams(stop=["."]))
     assert llm.generate(book, [], params) == []
+
+
+def test_no_more_than_one_block_waits_in_the_device_s_queue(engine, monkeypatch):
+    """What the bar counts is at most one block ahead of what is done."""
+    queued, done = [], []
+
+    def mark(device):
+        number = len(queued)
+        queued.append(number)
+        return SimpleNamespace(synchronize=lambda: done.append(number))
+
+    monkeypatch.setattr(encoding, "mark", mark)
+    seen = []
+    engine.encode([i * i % 251 for i in range(100)], on_block=lambda: seen.append((len(queued), len(done))))
+    assert seen == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert done == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ends", ["finished", "abandoned"])
+def test_what_a_stage_sent_on_does_not_outlive_the_prefill(engine, ends):
+    waited = []
+    tensor = torch.zeros(8)
+    freed = weakref.ref(tensor)
+    begun = engine.begin(CONTEXT)
+    engine.stage._sending = SimpleNamespace(wait=lambda: waited.append(True)), tensor
+    del tensor
+    if ends == "finished":
+        finished(begun)
+    else:
+        begun.abandon()
+    assert waited == [True]
+    assert freed() is None

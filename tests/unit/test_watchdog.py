@@ -1,9 +1,12 @@
 """When a job counts as hanging: by steps of all ranks, on a clock of the test's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_star.runtime import watchdog
 from nemo_star.runtime.watchdog import Watchdog
 
 
@@ -61,8 +64,45 @@ def test_a_call_within_a_suspended_time_is_watched(pair, clock):
 
 def test_a_pass_of_a_layer_is_a_step(pair, clock):
     layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-    pair[0].watch_layers(layers)
+    pair[0].watch_layers(layers, torch.device("cpu"))
     assert pass_time(clock, pair, 300, lambda: layers[1](torch.zeros(1))) == [False, False]
+
+
+class Device:
+    """That does a layer in so many seconds of the test's clock, after what was queued before."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.free = clock, seconds, 0.0
+
+    def mark(self, device):
+        self.free = done = max(self.free, self.clock()) + self.seconds
+        return SimpleNamespace(query=lambda: self.clock() >= done)
+
+
+def test_a_layer_counts_when_the_device_has_done_it(pair, clock, monkeypatch):
+    """All is queued at once; then the host waits, for ten times as long as the patience."""
+    monkeypatch.setattr(watchdog, "mark", Device(clock, seconds=50).mark)
+    layers = torch.nn.ModuleList([torch.nn.Identity() for _ in range(12)])
+    pair[0].watch_layers(layers, torch.device("cuda", 0))
+    for layer in layers:
+        layer(torch.zeros(1))
+    for _ in range(60):
+        assert pass_time(clock, pair, 10) == [False, False]
+    assert "rank 0: layer 12 of its stage" in pair[0].report()
+    assert pass_time(clock, pair, 80) == [True, True]
+
+
+def test_a_layer_that_the_device_never_ends_is_a_hang(pair, clock, monkeypatch):
+    device = Device(clock, seconds=10)
+    monkeypatch.setattr(watchdog, "mark", device.mark)
+    layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    pair[0].watch_layers(layers, torch.device("cuda", 0))
+    layers[0](torch.zeros(1))
+    device.seconds = 1e9
+    layers[1](torch.zeros(1))
+    assert pass_time(clock, pair, 20) == [False, False]
+    assert pass_time(clock, pair, 70) == [True, True]
+    assert "rank 0: layer 1 of its stage" in pair[0].report()
 
 
 def test_a_job_stopped_and_continued_is_no_hang(pair, clock):
