@@ -121,7 +121,7 @@ def test_help_shows_a_class_as_it_is_written():
         f"{'size=int':<58} required",
         "    How large.",
         f"{'mode=text|null':<58} default: null",
-        "attention=dense|ring|star|ulysses",
+        "attention=dense|ring|star|summary|ulysses",
         "    What is inside.",
         f"{'attention.tokens=[int,...]':<58} default: [1,2]",
         "    Costs $5, or ${x}; null of it is 'quoted'.",

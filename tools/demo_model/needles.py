@@ -94,11 +94,25 @@ def _lines(source: Source, per_key: int) -> tuple[list[tuple[str, str]], list[tu
     hidden = hidden[: max(1, int(room / (_NEEDLE_TOKENS + 1)))]
     others = int((room - _NEEDLE_TOKENS * len(hidden)) / (_NEEDLE_TOKENS if among_needles else _NOISE_TOKENS))
     lines: list[tuple[str, str] | None] = [
-        (source.key(), source.value()) if among_needles else None for _ in range(max(0, others))
+        (_other_key(source, keys), source.value()) if among_needles else None for _ in range(max(0, others))
     ]
     lines += hidden
     rng.shuffle(lines)
     return hidden, lines
+
+
+def _other_key(source: Source, asked: list[str]) -> str:
+    """A key that is not asked for; often nearly one, so that short texts are as hard as long ones."""
+    adjective, _, noun = source.rng.choice(asked).partition("-")
+    same = source.rng.random()
+    if same < 0.25:
+        noun = source.rng.choice(source.words.nouns)
+    elif same < 0.4:
+        adjective = source.rng.choice(source.words.adjectives)
+    else:
+        return source.key()
+    key = f"{adjective}-{noun}"
+    return source.key() if key in asked else key
 
 
 def _together(source: Source, keys: list[str], at_most: int) -> Iterator[list[str]]:
