@@ -41,6 +41,8 @@ class FidelityConfig(EvaluateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chat:
+            raise ValueError("chat=true is of nemo-star evaluate: here samples are compared without a template")
         if self.input and self.texts:
             raise ValueError("input and texts are both set: give one of them")
         for name in ("query_tokens", "answer_tokens", "rows"):

@@ -178,6 +178,7 @@ def test_scores_of_other_samples_are_refused(scored, tmp_path):
     [
         ({"compare": ("dense",)}, "dense gives what dense attention gives"),
         ({"compare": ("star+decode:sharded",)}, "parallel.decode"),
+        ({"chat": True}, "chat=true is of nemo-star evaluate"),
         ({"input": "a", "texts": ("b",)}, "input and texts are both set"),
         ({"texts": ("b",), "scores": "c"}, "texts has none"),
         ({"rows": 0}, "rows=0"),

@@ -14,7 +14,7 @@ from nemo_star.evaluation.statistics import spearman
 
 DENSE = "dense"
 """The reference's name in an evaluation."""
-_SAME = ("seed", "variant", "input", "chat_template", "data")
+_SAME = ("seed", "variant", "input", "chat", "data")
 """Keys that decide what a sample is."""
 
 Scores = Mapping[Key, Mapping[str, Any]]
