@@ -40,10 +40,10 @@ _SHORT = {"needles": 4, "old": 1, "vt": 3}
 _ALL = {"needles": 4, "old": 1, "vt": 2, "cwe": 2, "fwe": 2}
 CURRICULUM = (
     Stage((192, 256), _SHORT, 500, 1e-3, tokens=2304),
-    Stage((256, 512), _ALL, 400, 1e-3, tokens=4096, skip_to=MAX_POSITIONS),
-    Stage((512, 1024), _ALL, 250, 8e-4, tokens=4096, skip_to=MAX_POSITIONS),
-    Stage((1024, 2048, 4096), _ALL, 150, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
-    Stage((4096, 8192), _ALL, 60, 3e-4, tokens=8192),
+    Stage((256, 512), _ALL, 500, 1e-3, tokens=4096, skip_to=MAX_POSITIONS),
+    Stage((512, 1024), _ALL, 450, 8e-4, tokens=4096, skip_to=MAX_POSITIONS),
+    Stage((1024, 2048, 4096), _ALL, 300, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
+    Stage((4096, 8192), _ALL, 120, 3e-4, tokens=8192),
 )
 
 

@@ -86,7 +86,7 @@ class Prompts:
             if start is None:
                 return self._checked([], self._tokenizer.encode_context(prompt))
             context, query = self._tokenizer.encode_cut(prompt, start)
-            bos = self._tokenizer.hf.bos_token_id
+            bos = self._tokenizer.bos_token_id
             return self._checked(([] if bos is None else [bos]) + context, query)
 
     def ids(self, prompt: list[int], query_tokens: int | None, context_ids: array[int] | None) -> Prompt:

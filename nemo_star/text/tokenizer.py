@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_star.runtime.importing import no_garbage_collection
 from nemo_star.text.sentencepiece_alone import SentencePieceAlone, read_json
+from nemo_star.text.tokenizer_file import TokenizerFile
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -25,7 +26,20 @@ class Tokenizer:
     """Tokenization as Star Attention needs it: BOS before the context only, the query without special tokens."""
 
     def __init__(self, hf_tokenizer: Any) -> None:
-        self.hf = hf_tokenizer
+        self._tokenizes = hf_tokenizer
+
+    @property
+    def hf(self) -> Any:
+        """The tokenizer of transformers (or `SentencePieceAlone`), with all that it can do."""
+        return self._tokenizes.whole if isinstance(self._tokenizes, TokenizerFile) else self._tokenizes
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._tokenizes.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizes.eos_token_id
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
@@ -60,7 +74,7 @@ class Tokenizer:
         """
         if chat_template:
             return self._ids(self._in_template(text, "", template_kwargs)[0])
-        bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
+        bos = [] if self.bos_token_id is None else [self.bos_token_id]
         return bos + self._ids(text)
 
     def encode_query(
@@ -93,7 +107,7 @@ class Tokenizer:
         of the text is tokenized once more, and the cut is where its tokens begin to differ from those of the whole.
         """
         slices = self._slices(text)
-        encoded = self.hf(slices, add_special_tokens=False, verbose=False)
+        encoded = self._tokenizes(slices, add_special_tokens=False, verbose=False)
         all_ids: list[list[int]] = encoded["input_ids"]
         number = start = 0
         while at - start > len(slices[number]):
@@ -110,13 +124,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
-        return self.hf.decode(list(ids), skip_special_tokens=True)
+        return self._tokenizes.decode(list(ids), skip_special_tokens=True)
 
     @functools.cached_property
     def special_tokens(self) -> dict[int, str]:
         """Texts of the tokens that `decode` leaves out, by id."""
-        added = getattr(self.hf, "added_tokens_decoder", {})
-        named = {i: self.hf.convert_ids_to_tokens(i) for i in self.hf.all_special_ids}
+        added = getattr(self._tokenizes, "added_tokens_decoder", {})
+        named = {i: self._tokenizes.convert_ids_to_tokens(i) for i in self._tokenizes.all_special_ids}
         return named | {i: token.content for i, token in added.items() if token.special}
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -144,7 +158,7 @@ class Tokenizer:
         return cut_at_spaces(text, _SLICE_CHARACTERS) if cut else [text]
 
     def _each(self, texts: list[str]) -> list[list[int]]:
-        return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._tokenizes(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     @functools.cached_property
     def _words_stand_alone(self) -> bool:
@@ -153,12 +167,12 @@ class Tokenizer:
         So in the byte pair encodings of SentencePiece (Llama 2, Mistral): no token goes on past a space, and every text
         begins with one. They take a whole text as one word, in more than linear time; others cut it up by themselves.
         """
-        if not _merges_pairs(self.hf):
+        if not _merges_pairs(self._tokenizes):
             return False
-        vocabulary = self.hf.get_vocab()
+        vocabulary = self._tokenizes.get_vocab()
         if _SPACE not in vocabulary or any(re.search(f"[^{_SPACE}]{_SPACE}| ", token) for token in vocabulary):
             return False
-        added = [token.content for token in getattr(self.hf, "added_tokens_decoder", {}).values()]
+        added = [token.content for token in getattr(self._tokenizes, "added_tokens_decoder", {}).values()]
         if any(re.search(r"^\w|\w$", content) for content in added):  # a cut beside it would take its space
             return False
         whole, *words = self._each(["an end", "an", "end"])
@@ -177,13 +191,14 @@ class Tokenizer:
 
 
 def _hf_tokenizer(directory: Path) -> Any:
-    """The tokenizer that transformers makes of the files in `directory`."""
+    """The tokenizer that transformers makes of the files in `directory`, or a `TokenizerFile` that stands for it."""
+    named, model = (read_json(directory / f"{name}.json") for name in ("tokenizer_config", "config"))
+    if _is_general(directory, named, model):
+        load = functools.partial(_general, directory)
+        return TokenizerFile.of(directory / "tokenizer.json", named, load) or load()
     with no_garbage_collection():
         import transformers  # only now: importing it takes half a second
 
-        named, model = (read_json(directory / f"{name}.json") for name in ("tokenizer_config", "config"))
-        if _is_general(directory, named, model):
-            return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         options = {}
         if named.get("tokenizer_class") and "auto_map" not in named:
             # The class is named, so the model's type is all that is asked of its configuration. Left to itself,
@@ -191,6 +206,13 @@ def _hf_tokenizer(directory: Path) -> Any:
             known = {name: model[name] for name in ("model_type",) if name in model}
             options["config"] = transformers.PretrainedConfig(**known)
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+
+
+def _general(directory: Path) -> Any:
+    with no_garbage_collection():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def _is_general(directory: Path, named: dict[str, Any], model: dict[str, Any]) -> bool:
@@ -245,6 +267,6 @@ def end_token_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
             break
-    if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
-        found.add(tokenizer.hf.eos_token_id)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
     return frozenset(found)

@@ -86,12 +86,23 @@ assert torch.compiler.get_default_backend() == "inductor"
     loaded_after(program)
 
 
+def test_a_plain_tokenizer_needs_no_transformers():
+    program = """
+from pathlib import Path
+from nemo_star.text.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(Path("assets/demo_model"))
+assert tokenizer.decode(tokenizer.encode_context("A ship. " * 20000)).endswith("A ship. ")
+assert len(tokenizer.special_tokens) == 3
+"""
+    assert "transformers" not in loaded_after(program)
+
+
 def test_a_tokenizer_of_the_general_class_needs_no_automatic_choice():
     """Half of the time that transformers takes to be imported."""
     program = """
 from pathlib import Path
 from nemo_star.text.tokenizer import Tokenizer
-Tokenizer.load(Path("assets/demo_model"))
+assert Tokenizer.load(Path("assets/demo_model")).hf.is_fast
 """
     loaded = loaded_after(program)
     assert "transformers" in loaded

@@ -17,7 +17,7 @@ def pieces(config: FidelityConfig, tokenizer: Tokenizer) -> Iterator[Asked]:
     Raises:
         ValueError: a file that is no text, or shorter than a piece.
     """
-    bos = [] if tokenizer.hf.bos_token_id is None else [tokenizer.hf.bos_token_id]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.hf.bos_token_id]
     for path in map(Path, config.texts):
         try:
             ids = tokenizer.encode_query(path.read_text(encoding="utf-8"))

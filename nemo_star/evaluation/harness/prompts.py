@@ -55,7 +55,7 @@ class Prompts:
             raise ValueError(f"query={query!r} must be {' or '.join(QUERIES)}")
         self._tokenizer = tokenizer
         self._start_of_query = QUERIES[query]
-        bos = tokenizer.hf.bos_token_id
+        bos = tokenizer.bos_token_id
         self._bos = [] if bos is None else [int(bos)]
         self._bos_text = "" if bos is None else tokenizer.special_tokens.get(bos, "")
         self._adds_bos = self._puts_bos() if add_bos is None else add_bos
