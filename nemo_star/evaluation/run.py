@@ -9,25 +9,21 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import sys
 from array import array
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from nemo_star.config.evaluate import Contender, EvaluateConfig
 from nemo_star.config.sampling import SamplingParams
 from nemo_star.contexts.in_use import ContextsInUse, context_key
 from nemo_star.engine.scheduler import Question, Scheduler
 from nemo_star.evaluation.chat import in_template, template_tokens
-from nemo_star.evaluation.journal import Journal, Key
+from nemo_star.evaluation.progress import Progress, about
 from nemo_star.evaluation.report import write_report
 from nemo_star.evaluation.samples import Asked, given, made
 from nemo_star.llm.opened import OpenedModel
 from nemo_star.methods.registry import method_class
 from nemo_star.parallel.groups import gather_objects, on_first_rank
-from nemo_star.runtime.machine import machine
 
 _BATCHES = 2
 """Batches of a replica that are answered between two times that results are gathered."""
@@ -45,12 +41,10 @@ def run(config: EvaluateConfig) -> int:
 class _Sweep:
     def __init__(self, config: EvaluateConfig) -> None:
         self._config = config
-        self._folder = Path(str(config.output))
         self._contenders = config.contenders()
         self._is_made = False
         self._samples: list[Asked] = []
-        self._journal: Journal | None = None
-        self._bar = tqdm(disable=True)
+        self._progress: Progress | None = None
 
     def run(self) -> int:
         by_kind = itertools.groupby(self._contenders, key=lambda contender: contender.candidate.word)
@@ -82,36 +76,23 @@ class _Sweep:
                 self._answer(llm, contender)
 
     def _make(self, llm: OpenedModel) -> None:
-        """On rank 0: all samples, and the journal that says which are answered."""
+        """On rank 0: all samples, and which of them are answered."""
         config, tokenizer = self._config, llm.tokenizer
         if tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer: tasks are texts")
-        sweep = dataclasses.asdict(config)
-        for name in ("output", "resume", "overwrite", "parallel", "cache", "cache_dir", "verify"):
-            del sweep[name]
-        self._journal = Journal(self._folder, sweep, resume=config.resume, overwrite=config.overwrite)
+        self._progress = Progress(config)
 
         def count(text: str) -> int:
             return len(tokenizer.encode_query(text))
 
         around = template_tokens(tokenizer, config.chat_template_kwargs) if config.chat else 0
-        samples = self._samples = list(
-            given(config, count) if config.input else made(config, count, template_tokens=around)
-        )
-        if not samples:
-            raise ValueError(f"input={config.input} holds no samples")
-        longest = max(samples, key=lambda asked: asked.length)
-        for warning in llm.check(longest.length, longest.max_tokens):
-            print(f"warning: {warning}", file=sys.stderr)
-        self._journal.open()
-        self._bar = tqdm(
-            total=len(samples) * len(self._contenders), initial=len(self._journal.lines), file=sys.stderr, unit="sample"
-        )
+        self._samples = list(given(config, count) if config.input else made(config, count, template_tokens=around))
+        self._progress.begin(llm, self._samples, contenders=len(self._contenders))
 
     def _left(self, contender: Contender) -> list[Asked]:
         """On rank 0: samples that this contender has not answered, those of one length next to each other."""
-        assert self._journal is not None
-        left = [asked for asked in self._samples if self._key(contender, asked) not in self._journal.lines]
+        assert self._progress is not None
+        left = [asked for asked in self._samples if not self._progress.has(contender.name, asked)]
         return sorted(left, key=lambda asked: asked.length)
 
     def _answer(self, llm: OpenedModel, contender: Contender) -> None:
@@ -127,7 +108,8 @@ class _Sweep:
         """On rank 0: what is answered next, all of one length."""
         left = self._left(contender)
         if left:
-            self._bar.set_description(f"{contender.name}, {left[0].length} tokens")
+            assert self._progress is not None
+            self._progress.describe(f"{contender.name}, {left[0].length} tokens")
         return [asked for asked in left[:size] if asked.length == left[0].length]
 
     def _answered(self, llm: OpenedModel, samples: list[Asked]) -> list[tuple[Asked, dict[str, Any]]]:
@@ -188,21 +170,12 @@ class _Sweep:
         }
 
     def _write(self, contender: Contender, found: list[list[tuple[Asked, dict[str, Any]]]]) -> None:
-        assert self._journal is not None
+        assert self._progress is not None
         for asked, line in itertools.chain.from_iterable(found):
-            self._journal.add(self._key(contender, asked), line)
-            self._bar.update()
+            self._progress.add(contender.name, asked, line)
 
     def _report(self) -> None:
-        assert self._journal is not None
-        self._bar.close()
-        about = ", ".join(f"{name} {value}" for name, value in machine().items())
+        assert self._progress is not None
+        self._progress.close()
         names = [contender.name for contender in self._contenders]
-        text = write_report(
-            self._folder, self._journal.lines, names, about=f"Checkpoint {self._config.checkpoint}; {about}."
-        )
-        print(text)
-
-    @staticmethod
-    def _key(contender: Contender, asked: Asked) -> Key:
-        return contender.name, asked.task, asked.length, asked.id
+        print(write_report(Path(str(self._config.output)), self._progress.lines, names, about=about(self._config)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_star.config.evaluate import EvaluateConfig
@@ -102,29 +102,37 @@ def given(config: EvaluateConfig, count_tokens: Callable[[str], int], *, needs_o
     with Path(str(config.input)).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                fields = json.loads(line)
-                identity, task = str(fields["id"]), str(fields.get("task", "given"))
-                context, query = fields["context"], fields["query"]
-                outputs = fields["outputs"] if needs_outputs else fields.get("outputs", [])
-                answer = None if needs_outputs else fields.get("answer")
-                if not (isinstance(context, str) and isinstance(query, str) and context and query):
-                    raise ValueError("context and query must be texts")
-                texts = isinstance(outputs, list) and all(isinstance(text, str) for text in outputs)
-                if not texts or (needs_outputs and not outputs):
-                    raise ValueError("outputs must be a list of texts")
-                if answer is not None and not (isinstance(answer, str) and answer):
-                    raise ValueError("answer must be a text")
+                asked = _given(line, known, needs_outputs=needs_outputs)
+                seen[asked.task, asked.id] += 1
+                if seen[asked.task, asked.id] > 1:
+                    raise ValueError(f"id {asked.id!r} of task {asked.task!r} comes twice")
             except KeyError as error:
                 raise ValueError(f"input={config.input}, line {number} has no field {error}") from None
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"input={config.input}, line {number}: {error}") from None
-            seen[task, identity] += 1
-            if seen[task, identity] > 1:
-                raise ValueError(f"input={config.input}, line {number}: id {identity!r} of task {task!r} comes twice")
-            tokens = count_tokens(context)
-            length = min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
-            max_tokens, metric = TOKENS_OF_GIVEN, METRIC_OF_GIVEN
-            if task in known:
-                max_tokens, metric = known[task].tokens_to_generate, known[task].metric
-            prefix = _prefix(query, known[task]) if task in known else ""
-            yield Asked(identity, task, length, context, query, outputs, max_tokens, metric, prefix, answer)
+            assert isinstance(asked.context, str)
+            tokens = count_tokens(asked.context)
+            yield replace(
+                asked, length=min((each for each in config.lengths if each >= tokens), default=max(config.lengths))
+            )
+
+
+def _given(line: str, known: Mapping[str, Task], *, needs_outputs: bool) -> Asked:
+    """A line as a sample, its length not known yet."""
+    fields = json.loads(line)
+    identity, name = str(fields["id"]), str(fields.get("task", "given"))
+    context, query = fields["context"], fields["query"]
+    outputs = fields["outputs"] if needs_outputs else fields.get("outputs", [])
+    answer = None if needs_outputs else fields.get("answer")
+    if not (isinstance(context, str) and isinstance(query, str) and context and query):
+        raise ValueError("context and query must be texts")
+    texts = isinstance(outputs, list) and all(isinstance(text, str) for text in outputs)
+    if not texts or (needs_outputs and not outputs):
+        raise ValueError("outputs must be a list of texts")
+    if answer is not None and not (isinstance(answer, str) and answer):
+        raise ValueError("answer must be a text")
+    if name not in known:
+        return Asked(identity, name, 0, context, query, outputs, TOKENS_OF_GIVEN, answer=answer)
+    task = known[name]
+    prefix = _prefix(query, task)
+    return Asked(identity, name, 0, context, query, outputs, task.tokens_to_generate, task.metric, prefix, answer)

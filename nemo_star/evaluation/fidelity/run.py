@@ -7,10 +7,7 @@ replicas then work side by side.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from nemo_star.config.fidelity import FidelityConfig
 from nemo_star.config.sampling import SamplingParams
@@ -18,13 +15,11 @@ from nemo_star.evaluation.fidelity.measure import Line, Measurement, Tokens
 from nemo_star.evaluation.fidelity.report import write_report
 from nemo_star.evaluation.fidelity.scores import Scores, read_scores
 from nemo_star.evaluation.fidelity.texts import pieces, place_of
-from nemo_star.evaluation.journal import Journal, Key
+from nemo_star.evaluation.progress import Progress, about
 from nemo_star.evaluation.samples import Asked, given, made
 from nemo_star.llm.opened import OpenedModel
 from nemo_star.parallel.groups import gather_objects, on_first_rank
-from nemo_star.runtime.machine import machine
 
-_NOT_OF_THE_SWEEP = ("output", "resume", "overwrite", "parallel", "cache", "cache_dir", "verify", "scores", "tolerance")
 Found = list[tuple[Asked, dict[str, Line]]]
 
 
@@ -40,13 +35,11 @@ def run(config: FidelityConfig) -> int:
 class _Fidelity:
     def __init__(self, config: FidelityConfig) -> None:
         self._config = config
-        self._folder = Path(str(config.output))
         self._contenders = {contender.name: contender for contender in config.contenders()}
         self._samples: list[Asked] = []
         self._with_sinks: set[int] = set()
-        self._journal: Journal | None = None
+        self._progress: Progress | None = None
         self._scores: Scores = {}
-        self._bar = tqdm(disable=True)
 
     def run(self) -> int:
         config = self._config
@@ -72,16 +65,13 @@ class _Fidelity:
         return 0
 
     def _make(self, llm: OpenedModel) -> None:
-        """On rank 0: all samples, and the journal that says which are measured."""
+        """On rank 0: all samples, and which of them are measured."""
         config, tokenizer = self._config, llm.tokenizer
         if tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer: samples are texts")
-        sweep = dataclasses.asdict(config)
-        for name in _NOT_OF_THE_SWEEP:
-            del sweep[name]
-        self._journal = Journal(self._folder, sweep, resume=config.resume, overwrite=config.overwrite)
+        self._progress = Progress(config, without_effect=("scores", "tolerance"))
         if config.scores is not None:
-            self._scores = read_scores(Path(config.scores), sweep)
+            self._scores = read_scores(Path(config.scores), self._progress.sweep)
 
         def count(text: str) -> int:
             return len(tokenizer.encode_query(text))
@@ -92,26 +82,15 @@ class _Fidelity:
             self._samples = list(given(config, count, needs_outputs=False))
         else:
             self._samples = list(made(config, count))
-        if not self._samples:
-            raise ValueError(f"input={config.input} holds no samples")
-        longest = max(self._samples, key=lambda asked: asked.length)
-        for warning in llm.check(longest.length, longest.max_tokens):
-            print(f"warning: {warning}", file=sys.stderr)
-        self._journal.open()
-        self._bar = tqdm(
-            total=len(self._samples) * len(self._contenders),
-            initial=len(self._journal.lines),
-            file=sys.stderr,
-            unit="sample",
-        )
+        self._progress.begin(llm, self._samples, contenders=len(self._contenders))
 
     def _left(self) -> list[tuple[Asked, list[str], bool]]:
         """On rank 0: samples, the contenders that they are not measured with, and whether first tokens are wanted."""
-        assert self._journal is not None
+        assert self._progress is not None
         left, seen = [], dict[tuple[str, int], int]()
         for asked in self._samples:
             number = seen[asked.task, asked.length] = seen.get((asked.task, asked.length), 0) + 1
-            names = [name for name in self._contenders if self._key(name, asked) not in self._journal.lines]
+            names = [name for name in self._contenders if not self._progress.has(name, asked)]
             if names:
                 left.append((asked, names, number <= self._config.sink_samples))
         return left
@@ -143,29 +122,22 @@ class _Fidelity:
         return None if answer is None else list(answer), place
 
     def _write(self, found: list[Found], firsts: list[bool]) -> None:
-        assert self._journal is not None
+        assert self._progress is not None
         for of_rank, is_first in zip(found, firsts, strict=True):
             for asked, lines in of_rank if is_first else []:
                 for name, line in lines.items():
-                    self._journal.add(self._key(name, asked), line)
-                    self._bar.update()
+                    self._progress.add(name, asked, line)
 
     def _report(self) -> None:
-        assert self._journal is not None
-        self._bar.close()
-        about = ", ".join(f"{name} {value}" for name, value in machine().items())
-        about = f"Checkpoint {self._config.checkpoint}; {about}."
+        assert self._progress is not None
+        self._progress.close()
         print(
             write_report(
-                self._folder,
-                self._journal.lines,
+                Path(str(self._config.output)),
+                self._progress.lines,
                 list(self._contenders),
                 self._scores,
-                about=about,
+                about=about(self._config),
                 tolerance=self._config.tolerance,
             )
         )
-
-    @staticmethod
-    def _key(name: str, asked: Asked) -> Key:
-        return name, asked.task, asked.length, asked.id
