@@ -51,18 +51,19 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests of one process on two cores; launches of several processes one after another.
-UNIT := tests/unit -n 2 --dist loadfile
-LAUNCHED := --ignore tests/unit
+# Two files of tests side by side; alone are those in which time decides: services, and ranks that hang or die.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ALONE := $(wildcard tests/distributed/test_failures.py tests/distributed/test_serve*.py)
+TOGETHER := -n 2 --dist loadfile $(ALONE:%=--ignore %)
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LAUNCHED)
+	$(PYTEST) $(TOGETHER)
+	$(PYTEST) $(ALONE)
 
 # The slow ones, too: every recorded case at every layout.
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(UNIT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(LAUNCHED)
+	$(PYTEST) -m "slow or not slow" $(TOGETHER)
+	$(PYTEST) -m "slow or not slow" $(ALONE)
 
 doctor: $(STAMP)
 	$(BIN)/python tools/doctor.py

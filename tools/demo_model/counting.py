@@ -61,14 +61,23 @@ def frequent_words(source: Source, sequence: Sequence) -> None:
 
 
 def _answer(sequence: Sequence, words: list[tuple[str, str]], found: dict[str, list[list[int]]]) -> None:
-    """Words with what stands before them: the first piece of each is counted, the others are copied."""
+    """Words with what stands before them: the first piece of each is counted, the others are copied, from where the
+    pieces before are the same."""
     answer, spans = "", []
     for before, word in words:
         start = len(answer) + len(before)
         spans.append((start, start + len(word)))
         answer += f"{before}{word} "
     firsts = [pieces[0] for places in found.values() for pieces in places]
+    for pieces in (pieces for places in found.values() for pieces in places):
+        _gather(sequence, pieces)
     for (_, word), pieces in zip(words, sequence.answer(answer.rstrip(), *spans), strict=True):
         sequence.link("count", pieces[0] - 1, firsts)
+        _gather(sequence, pieces)
         for number, piece in enumerate(pieces[1:], 1):
             sequence.link("source", piece - 1, [listed[number] for listed in found[word]])
+
+
+def _gather(sequence: Sequence, pieces: list[int]) -> None:
+    for number in range(1, len(pieces)):
+        sequence.link("gather", pieces[number], pieces[:number])

@@ -45,7 +45,7 @@ class Sequence:
     links: dict[str, list[tuple[int, list[int]]]] = field(default_factory=lambda: defaultdict(list))
     """By the head's role: a place, and the places that it attends to.
 
-    gather: from a place of a number (or a name) to all of the name it belongs to.
+    gather: from a place of a number (or a name) to all of the name it belongs to; of a counted word to its start.
     offset: from the end of an assignment to a letter of what is assigned.
     source: from a place of an answer to what it copies.
     chain: from a place of a name in an answer to the end of its assignment.
