@@ -15,6 +15,9 @@ _TASK = tasks()["niah_single_1"]
 _NEEDLE_TOKENS, _NOISE_TOKENS, _FILLER_TOKENS = 31, 27, 12.5
 _FIRST_QUESTION, _QUESTION = 50, 30
 """Tokens of a question and its answer, about; the first is asked in full."""
+_SHARES = (8, 1, 1)
+"""Of questions about one, two and four keys, and of texts with as many numbers to a key. Few about several: which of
+them comes next is hard to learn, and each has more tokens to answer."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Needle:
 def ruler_needles(source: Source, sequence: Sequence) -> None:
     """A text in the format of RULER's niah, noise or needles as haystack."""
     rng = source.rng
-    per_key = rng.choice([1, 1, 1, 2, 4])
+    per_key = rng.choices([1, 2, 4], _SHARES)[0]
     hidden, lines = _lines(source, per_key)
     head, kind = _TASK.head(), "numbers"
     if per_key == 1:
@@ -119,7 +122,7 @@ def _together(source: Source, keys: list[str], at_most: int) -> Iterator[list[st
     """Keys in random order, one or several to a question."""
     source.rng.shuffle(keys)
     while keys:
-        count = min(len(keys), at_most, source.rng.choice([1, 1, 1, 2, 4]))
+        count = min(len(keys), at_most, source.rng.choices([1, 2, 4], _SHARES)[0])
         yield keys[:count]
         keys = keys[count:]
 
