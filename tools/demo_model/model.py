@@ -12,9 +12,15 @@ from demo_model.sequence import Batch
 from demo_model.tokenizer import BOS, EOS, VOCABULARY
 
 MAX_POSITIONS = 8192
-ROPE_THETA = 1e8
+ROPE_THETA = 1e12
 HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "count": (2, 3)}
 """Role -> layer and head that is guided."""
+
+
+_FREE = slice(128, 256)
+"""Channels that embeddings leave free: what the gathering head finds is written there, and nothing else at first."""
+_SLOW = slice(24, 64)
+"""Pairs of a head's channels that rotate by less than a radian over 8,192 tokens."""
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -40,14 +46,31 @@ def build_model(seed: int) -> LlamaForCausalLM:
     heads = (config.num_key_value_heads, config.head_dim, config.hidden_size)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(40.0)
+        model.model.embed_tokens.weight[:, _FREE] = 0.0
         model.model.norm.weight.fill_(0.03)  # else the large embeddings, tied to the outputs, made logits too large
-        for layer in model.model.layers:
+        for number, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight.mul_(0.3)
             attention = layer.self_attn
             keys, values = attention.k_proj.weight.view(heads), attention.v_proj.weight.view(heads)
+            values[:, :, _FREE] = 0.0
+            if number == HEADS["source"][0]:
+                _read_what_is_gathered(keys)
             attention.q_proj.weight.copy_(keys.repeat_interleave(group, dim=0).flatten(0, 1))
             attention.o_proj.weight.copy_(0.3 * values.repeat_interleave(group, dim=0).flatten(0, 1).T)
+        layer, head = HEADS["gather"]
+        written = model.model.layers[layer].self_attn.o_proj.weight[:, head * config.head_dim :][:, : config.head_dim]
+        written.zero_()
+        written[_FREE] = 8.0 * torch.eye(config.head_dim)
     return model
+
+
+def _read_what_is_gathered(keys: Tensor) -> None:
+    """Let heads match by it, over any distance; keys [groups, head_dim, hidden] of a layer."""
+    for of_group in keys:
+        slow = torch.cat((of_group[_SLOW], of_group[64:][_SLOW]))
+        read = torch.linalg.qr(torch.randn(128, len(slow))).Q.T
+        slow[:, _FREE] = read
+        of_group[_SLOW], of_group[64:][_SLOW] = slow.chunk(2)
 
 
 def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:
