@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class Ledger:
         whole = {"about": self._about, "steps": records, "earlier": self._earlier}
         texts = {RESULTS: json.dumps(whole, indent=2) + "\n", REPORT: document(records, self._about)}
         for name, text in texts.items():
-            write_whole(self._folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            write_whole(self._folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def shown_command(step: Step) -> list[str]:

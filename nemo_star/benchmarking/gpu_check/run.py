@@ -138,7 +138,6 @@ def _outcome(step: Step, ended: Ended, folder: Path) -> dict[str, Any]:
         rows, markdown, problem = [], [], f"its rows cannot be read: {error!r}"
     if state == "done" and problem:
         state, reason = "failed", problem
+    tail = {} if state == "done" else {"log_tail": log.splitlines()[-TAIL_LINES:]}
     found = {"state": state, "reason": reason, "exit_code": ended.exit_code, "seconds": round(ended.seconds, 1)}
-    if state != "done":
-        found["log_tail"] = log.splitlines()[-TAIL_LINES:]
-    return {**found, "rows": rows, "markdown": markdown}
+    return {**found, **tail, "rows": rows, "markdown": markdown}
