@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from nemo_star.runtime.launch import EXIT_ERROR, EXIT_INTERRUPTED
 from nemo_star.runtime.locations import checkout
 
 EXAMINE_SECONDS = 180
-TAIL_LINES = 30
+TAIL_LINES = 60
+"""Of a log: torchrun writes some 25 after what a rank has said."""
 _EXAMINE = "import json; from nemo_star.runtime.machine import details; print(json.dumps(details()))"
 
 
@@ -95,28 +96,35 @@ def carry_out(
             if ledger.is_done(step):
                 print(f"{head}: is done", flush=True)
             elif not is_stopped():
-                print(f"{head}: at most {step.limit_seconds:g} s", flush=True)
-                mark = uuid.uuid4().hex
-                ledger.begin(step, mark=mark, started=_now())
-                log = folder / log_file(step)
-                command = _fresh_command(step, folder)
-                ended = run_limited(
-                    command,
-                    mark,
-                    log=log,
-                    environment=environment,
-                    limit_seconds=step.limit_seconds,
-                    is_stopped=is_stopped,
-                )
-                ledger.end(step, _outcome(step, ended, folder))
-                print("\n".join(["", *section(ledger.record(step)), ""]), flush=True)
+                _run_one(step, head, ledger, folder, environment=environment, is_stopped=is_stopped)
         if is_stopped():
             return EXIT_INTERRUPTED
         return 0 if all(ledger.is_done(step) for step in chosen) else EXIT_ERROR
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _run_one(
+    step: Step,
+    head: str,
+    ledger: Ledger,
+    folder: Path,
+    *,
+    environment: Mapping[str, str],
+    is_stopped: Callable[[], bool],
+) -> None:
+    """Run a step, note it, and say what it came to."""
+    mark = uuid.uuid4().hex
+    ledger.begin(step, mark=mark, started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    print(f"{head}: at most {step.limit_seconds:g} s", flush=True)
+    ended = run_limited(
+        _fresh_command(step, folder),
+        mark,
+        log=folder / log_file(step),
+        environment=environment,
+        limit_seconds=step.limit_seconds,
+        is_stopped=is_stopped,
+    )
+    ledger.end(step, _outcome(step, ended, folder))
+    print("\n".join(["", *section(ledger.record(step)), ""]), flush=True)
 
 
 def _fresh_command(step: Step, folder: Path) -> list[str]:

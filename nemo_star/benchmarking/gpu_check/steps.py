@@ -43,7 +43,9 @@ def planned(config: GpuCheckConfig) -> list[Step]:
 
 
 def _declared(config: GpuCheckConfig) -> list[tuple[str, Sequence[str], Result]]:
-    benchmark = ["-m", "nemo_star", "benchmark", *config.model, f"attention.block_size={config.block_size}"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    benchmark = [*launcher, "-m", "nemo_star", "benchmark", *config.model]
+    benchmark.append(f"attention.block_size={config.block_size}")
     kernels = ["-m", "nemo_star", "benchmark-kernels", f"--repeats={config.kernel_repeats}", f"--output={OUTPUT}"]
     listed = ["-v", "-o", "console_output_style=classic", "-p", "no:cacheprovider"]
     models = [
