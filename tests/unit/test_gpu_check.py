@@ -178,6 +178,10 @@ def test_only_what_is_asked_for_runs(tmp_path):
     steps = [Step(name, ("-c", SAYS), LONG, TEXT) for name in "abc"]
     assert carry_out(steps, steps[1:2], tmp_path, about=ABOUT, environment=dict(os.environ)) == 0
     assert states(tmp_path) == {"a": "not begun", "b": "done", "c": "not begun"}
+    # Steps of other sizes take the place of those that were not begun.
+    other = [Step("d", ("-c", SAYS), LONG, TEXT), steps[1]]
+    assert carry_out(other, other[1:], tmp_path, about=ABOUT, environment=dict(os.environ)) == 0
+    assert states(tmp_path) == {"d": "not begun", "b": "done"}
 
 
 @pytest.fixture

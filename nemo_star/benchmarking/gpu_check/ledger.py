@@ -55,7 +55,7 @@ class Ledger:
         self._about = dict(about)
         before = self._read()
         self._earlier: list[Record] = before["earlier"]
-        found = {record["name"]: record for record in before["steps"]}
+        found = {record["name"]: record for record in before["steps"] if record["state"] != "not begun"}
         fresh = {step.name: self._fresh(step) for step in steps}
         self._records: dict[str, Record] = {**fresh, **found}
 
