@@ -2,6 +2,7 @@
 # make demo      ask a long document questions: Star Attention on two ranks, then dense attention
 # make serve     the demo model as a service on two ranks: OpenAI's API and a page at http://127.0.0.1:8000
 # make test      linters, type checker, tests
+# make gpu       doctor, tests and benchmarks on a GPU, at most 25 minutes; resumes; results in build/gpu_check
 # make doctor    what is installed, what works, which attention kernel would run
 #
 # PYTHON chooses the Python: make test PYTHON=python3.12 makes .venv anew where it holds another one.
@@ -18,7 +19,7 @@ VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
 STAMP := $(VENV)/.installed-$(VERSION)
 DEMO := build/demo_checkpoint
 
-.PHONY: install demo serve test test-all check format doctor clean
+.PHONY: install demo serve test test-all check format doctor gpu clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -67,6 +68,9 @@ test-all: check
 
 doctor: $(STAMP)
 	$(BIN)/python tools/doctor.py
+
+gpu: $(STAMP)
+	$(BIN)/python tools/gpu_check.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,7 @@ COMMANDS = {
     "benchmark": "attention methods on random weights (torchrun for several ranks)",
     "benchmark-serve": "a running service under load, as its clients see it",
     "benchmark-kernels": "attention kernels of this machine against torch's own",
+    "gpu-check": "doctor, tests, kernels, a model and its decode on this GPU, resumable",
     "evaluate": "what attention methods cost in accuracy (torchrun for several ranks)",
     "fidelity": "how near attention methods come to dense attention, without labels (torchrun for several ranks)",
     "harness": "tasks of lm-evaluation-harness (torchrun for several ranks)",

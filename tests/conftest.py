@@ -71,7 +71,9 @@ def pytest_collection_modifyitems(items):
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for marker, needed in (("gpu", 1), ("multigpu", 2)):
+    for name, usual in (("gpu", 1), ("multigpu", 2)):
         for item in items:
-            if item.get_closest_marker(marker) and devices < needed:
+            marker = item.get_closest_marker(name)
+            needed = marker.args[0] if marker and marker.args else usual
+            if marker and devices < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {devices}"))

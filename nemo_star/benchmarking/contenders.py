@@ -22,6 +22,7 @@ from nemo_star.config.model import ModelConfig
 from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
+from nemo_star.kernels.settle import names
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model
@@ -220,19 +221,23 @@ def _engine(
 
 
 def _draw(built: torch.nn.Module) -> None:
-    """Random weights of a usual size, norms near one; the same on every run."""
-    generator = torch.Generator().manual_seed(0)
+    """Random weights of a usual size, norms near one; the same on every run on one kind of device, which draws them:
+    8 billion take a CPU's core over a minute."""
+    device = next(built.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     for weight in built.parameters():
-        values = torch.randn(weight.shape, generator=generator) * 0.02 + (1.0 if weight.dim() == 1 else 0.0)
-        weight.data.copy_(values)
+        values = torch.randn(weight.shape, generator=generator, device=device) * 0.02
+        weight.data.copy_(values + (1.0 if weight.dim() == 1 else 0.0))
 
 
 def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, Any]:
-    """What a row tells that is counted, not measured."""
+    """What a row tells that is known or counted, not measured; `kernel` on ranks that run the method."""
     method, layout = contender.method, contender.layout
     block_size, anchor_size = method.sizes(tokens)
     on_transformers = contender.candidate.kind == TRANSFORMERS  # whose layers all run whole
+    state = contender.engine.state if isinstance(contender, OnEngine) and contender.engine else None
     return {
+        "kernel": names(state.kernel, state.decode_kernel) if state else None,
         "block_size": block_size,
         "anchor_size": anchor_size,
         "prefill_flops": prefill_flops(model, method, tokens, layout.cp, complete=on_transformers),

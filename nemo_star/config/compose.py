@@ -94,7 +94,7 @@ def _project() -> str:
 
 def _help_overrides(cls: type, tool: str) -> list[str]:
     """What conf/hydra/help/<tool>.yaml leaves open: how this process was started, and the keys of `cls`."""
-    alone, under_torchrun = started_as(tool)
+    alone, under_torchrun = started_as(tool.replace("_", "-"))
     texts = {"app_name": alone, "header": under_torchrun, "footer": describe_keys(cls, groups=CONF)}
     # Hydra fills in the template by string.Template, to which a dollar is the start of a name.
     return [f"hydra.help.{name}={quote(text.replace('$', '$$'))}" for name, text in texts.items()]

@@ -45,6 +45,7 @@ def test_rows_of_all_kinds_and_lengths(measured):
         assert row["repeats"] == 2
         times = {"prefill_seconds", "first_token_seconds", "decode_seconds_per_token"}
         assert set(row["first_round"]) == times - ({"first_token_seconds"} if row["kind"] == "transformers" else set())
+        assert row["kernel"] == (None if row["kind"] == "transformers" else "numba")
         assert row["kind"] in printed
     by_kind = {row["kind"]: row for row in rows if row["context_tokens"] == 160}
     assert by_kind["star:recompute"]["prefill_flops"] > by_kind["star:shared"]["prefill_flops"]

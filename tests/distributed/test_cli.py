@@ -18,6 +18,7 @@ from nemo_star.config.compose import CONF, RECIPES, compose, quote, quote_litera
 from nemo_star.config.evaluate import EvaluateConfig
 from nemo_star.config.fidelity import FidelityConfig
 from nemo_star.config.generate import GenerateConfig
+from nemo_star.config.gpu_check import GpuCheckConfig
 from nemo_star.config.harness import HarnessConfig
 from nemo_star.config.help import describe_keys
 from nemo_star.config.plan import PlanConfig
@@ -58,7 +59,7 @@ def test_only_literal_keys_are_quoted():
 
 
 def test_recipes_compose():
-    of_others = ("benchmark", "plan", "serve", "serve_demo", "evaluate", "fidelity", "harness")
+    of_others = "benchmark plan serve serve_demo evaluate fidelity harness gpu_check gpu_check_tiny".split()
     others = {RECIPES / f"{name}.yaml" for name in of_others}
     for recipe in sorted(set(RECIPES.glob("*.yaml")) - others):
         arguments = ["--config-name", recipe.stem, "checkpoint=somewhere"]
@@ -148,7 +149,8 @@ def test_a_new_field_is_in_the_help_without_further_work(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", [GenerateConfig, BenchmarkConfig, PlanConfig, EvaluateConfig, FidelityConfig, HarnessConfig]
+    "config",
+    [GenerateConfig, BenchmarkConfig, PlanConfig, EvaluateConfig, FidelityConfig, HarnessConfig, GpuCheckConfig],
 )
 def test_every_key_has_a_docstring(config):
     lines = describe_keys(config, groups=CONF).splitlines()

@@ -278,3 +278,34 @@ def test_recorded_answers_on_two_gpus(tiny, tmp_path, golden_logits, layout):
     answers = run_cases(2, labelled, tiny, tmp_path, gpu=True)
     for label, _, case in labelled:
         check(answers[label], case, golden_logits)
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        pytest.param(True, marks=pytest.mark.multigpu(4), id="nccl"),
+        pytest.param(False, marks=pytest.mark.slow, id="gloo"),
+    ],
+)
+def test_recorded_answers_with_tensor_and_context_parallelism(tiny, tmp_path, golden_logits, gpu):
+    """tp 2 x cp 2, groups of both kinds at work in each layer: anchors shared and recomputed, decode divided over both,
+    ring; with NCCL sequence parallelism, too. On CPU with gloo the same code."""
+    exact, layout = ["attention.kernel=math", "dtype=float32"], (2, 2, 1)
+    runs = {
+        "shared": (exact, {}),
+        "recompute": (exact, {"anchor": "recompute"}),
+        "sharded": ([*exact, "parallel.decode=sharded"], {}),
+    }
+    if gpu:
+        runs["sequence-parallel"] = ([*exact, "parallel.sequence_parallel=true"], {})
+    labelled = [
+        (f"{case['id']}:{label}", settings(case, layout, **changes) + more, case)
+        for label, (more, changes) in runs.items()
+        for case in CASES
+        if case["id"] in FEW
+    ]
+    ring = next(case for case in CASES if case["attn"] == "ring")
+    labelled.append((f"{ring['id']}:ring", settings(ring, layout) + exact, ring))
+    answers = run_cases(4, labelled, tiny, tmp_path, gpu=gpu)
+    for label, _, case in labelled:
+        check(answers[label], case, golden_logits)
