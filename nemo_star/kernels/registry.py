@@ -106,8 +106,6 @@ def get_merge(name: str, device: torch.device) -> Merge:
     """
     runs = device.type == "cuda" and has_triton()
     if name == "triton" and not runs:
-        why = (
-            "runs on CUDA only" if device.type != "cuda" else "is not installed: torch's CUDA builds for Linux bring it"
-        )
-        raise ValueError(f"parallel.merge=triton: Triton {why}; parallel.merge=torch runs everywhere")
+        why = NO_TRITON if device.type == "cuda" else f"not on {device.type}"
+        raise ValueError(f"parallel.merge=triton does not run here ({why}); parallel.merge=torch does")
     return merge_by_triton if runs and name != "torch" else merge_with_sinks

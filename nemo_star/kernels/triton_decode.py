@@ -34,7 +34,7 @@ def widened(x, stored: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-un
     if stored == "e4m3":
         x = x.to(tl.float8e4nv, bitcast=True)
     elif stored == "e5m2":
-        x = x.to(tl.float8e5, bitcast=True)
+        x = (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True)  # it is float16 without its lower half
     elif stored == "e4m3 bits":
         # GPUs before 8.9 have no such type. Moved to float16's place, its exponent is 8 too small.
         bits = x.to(tl.uint16)
