@@ -35,7 +35,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton")
     save_model(folder / "hf", "gpt-oss")
     import_checkpoint(folder / "hf", folder / "checkpoint")
-    done = run_tool(ROOT / "tests/workers/triton_interpreted.py", folder / "checkpoint")
+    done = run_tool(ROOT / "tests/workers/triton_interpreted.py", folder / "checkpoint", timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
