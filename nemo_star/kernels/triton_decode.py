@@ -23,7 +23,7 @@ ROWS = (16, 32, 64)
 """Rows of a tile: query heads of a group, of all tokens. The first is the least that a matrix product takes; above 128
 dimensions the last does not fit."""
 MIN_STRETCH = 512
-"""Keys of a program at least: fewer take less time than the merge that they make necessary."""
+"""Keys of a program at least: what a query and an answer cache is one program's, without a merge. Not measured."""
 BYTES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """K/V that are read as bytes, and what makes numbers of them."""
 
