@@ -17,7 +17,7 @@ from nemo_star import LLM
 from nemo_star.kernels.merge import merge_by_triton
 from nemo_star.kernels.triton_kernel import TritonKernel
 
-IN_16_BITS = ("five tokens", "e4m3", "e5m2", "merge")
+IN_16_BITS = ("five tokens", "e4m3", "merge of 2", "merge of 5")
 """Cases that are run in float16, too. The interpreter's matrix product takes bfloat16's bits for numbers."""
 
 
