@@ -177,10 +177,12 @@ class CoreAttention(nn.Module):
                 over_context.append(self._attend_all(q[every], together.context, causal=False))
         partials = [_joined(over_context), _joined(over_own)]
         outs, lses = (torch.stack(tensors) for tensors in zip(*partials, strict=True))
-        out, lse = merge_over_group(outs, lses, self.state.cp_group)
+        out, lse = merge_over_group(
+            outs, lses, self.state.cp_group, merge=self.state.merge, sinks=self.softmax_offset, dtype=q.dtype
+        )
         if self.state.observer is not None:
             self.state.observer.decoded(self, q, lse, step)
-        return (out if self.softmax_offset is None else with_sinks(out, lse, self.softmax_offset)).to(q.dtype)
+        return out
 
     def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:
         """Over what one cache holds of this layer; without any key out 0, lse -inf."""

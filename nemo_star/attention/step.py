@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nemo_star.attention.cache import KVCache
 from nemo_star.attention.preceding import PrecedingKV
+from nemo_star.kernels.merge import Merge, merge_with_sinks
 from nemo_star.kernels.registry import Kernel
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition
@@ -117,6 +118,8 @@ class AttentionState:
     """Computes in the cache's type."""
     cache_dtype: torch.dtype
     """Of cached K/V."""
+    merge: Merge = merge_with_sinks
+    """Merges decode's partial results."""
     decode_group: dist.ProcessGroup | None = None
     """tp x cp, whose ranks share the work of a token (models/decode_sharding.py); None: each cp rank does all of it."""
     completes_prefill: bool = False

@@ -22,6 +22,8 @@ from nemo_star.config.model import ModelConfig
 from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
+from nemo_star.kernels.merge import merge_with_sinks
+from nemo_star.kernels.registry import get_merge
 from nemo_star.kernels.settle import names
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
@@ -160,6 +162,7 @@ def build_contenders(
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    merge = get_merge(config.parallel.merge, device)
     drawn: dict[Layout, Weights] = {}
     contenders: list[Contender] = []
     for candidate in config.candidates:
@@ -179,6 +182,8 @@ def build_contenders(
             engine = _engine(
                 method, model, place, drawn, dtype=dtype, device=device, sliced=sliced, sequence_parallel=divided
             )
+            if merge is merge_with_sinks:  # else the engine has taken what runs
+                engine.state.merge = merge
         facts = (candidate, method, layout, dtype, sliced)
         if candidate.kind == TRANSFORMERS:
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))

@@ -1,6 +1,7 @@
-"""Measure the attention kernels of this machine against torch's own: prefill TFLOP/s, decode bandwidth.
+"""Measure the attention kernels of this machine against torch's own: prefill TFLOP/s, decode bandwidth, and the
+merge of partial results.
 
-    %(prog)s [--blocks 8192 32768] [--cached 131072 1048576] [--output FILE.json]
+    %(prog)s [--blocks 8192 32768] [--cached 131072 1048576] [--partials 2 16] [--output FILE.json]
 
 A block is measured without an anchor, as block 0 runs, and with one of its own size, as the others do.
 """
@@ -25,6 +26,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = command.add_argument
     add("--blocks", type=int, nargs="*", default=[8192, 32768], help="block sizes of prefill, in tokens")
     add("--cached", type=int, nargs="*", default=[131072, 1048576], help="cached tokens of decode")
+    add("--partials", type=int, nargs="*", default=[2, 16], help="partial results of a token: 2 of each cp rank")
     add("--heads", type=int, default=32, help="query heads (Llama 3.1 8B: 32)")
     add("--groups", type=int, default=8, help="KV heads")
     add("--channels", type=int, default=128, help="head dimension")
@@ -33,9 +35,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output", help="JSON file of rows")
     add("--overwrite", action="store_true")
     given = command.parse_args(arguments)
-    sizes = [*given.blocks, *given.cached, given.heads, given.groups, given.channels]
+    sizes = [*given.blocks, *given.cached, *given.partials, given.heads, given.groups, given.channels]
     if min(*sizes, given.repeats) < 1:
-        raise ValueError("--blocks, --cached, --heads, --groups, --channels and --repeats must be at least 1")
+        raise ValueError(
+            "--blocks, --cached, --partials, --heads, --groups, --channels and --repeats must be at least 1"
+        )
     if given.heads % given.groups:
         raise ValueError(f"--heads {given.heads} is not divisible by --groups {given.groups}")
     return given
@@ -60,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         for anchor in (0, block)
     ]
     shapes += [Shape(phase="decode", queries=1, keys=cached, **model) for cached in given.cached]
+    shapes += [Shape(phase="merge", queries=1, keys=partials, **model) for partials in given.partials]
     rows: list[dict[str, Any]] = []
     for shape in shapes:  # what comes early outlives what dies later
         new = [{**row, **machine()} for row in measure(shape, device=device, dtype=dtype, repeats=given.repeats)]

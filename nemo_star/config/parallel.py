@@ -24,6 +24,9 @@ class ParallelConfig:
     decode: Literal["replicated", "sharded"] | None = None
     """How cp ranks divide decode: attention always; `sharded` also the FFN and the head, which `replicated` runs
     on each. None: `sharded` where an estimate says that it pays."""
+    merge: Literal["auto", "triton", "torch"] = "auto"
+    """What merges the partial results of attention in decode, over what ranks and caches hold: one kernel of the
+    project's own (`triton`), or `torch`'s operations. `auto`: Triton on GPUs where it runs, torch elsewhere."""
     sequence_parallel: bool = False
     """Prefill on GPUs with tensor parallelism: hidden states are divided over the tp ranks between matrix products."""
     context_parallel_max_ctas: int | None = None

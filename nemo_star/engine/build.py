@@ -12,8 +12,8 @@ from nemo_star.checkpoint.description import CheckpointDescription
 from nemo_star.checkpoint.load import load_weights
 from nemo_star.config.llm import LLMConfig
 from nemo_star.engine.engine import Engine
-from nemo_star.kernels.registry import get_kernel
-from nemo_star.kernels.settle import Heads, settle
+from nemo_star.kernels.registry import get_kernel, get_merge
+from nemo_star.kernels.settle import Heads, settle, settle_merge
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model
@@ -40,6 +40,7 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
     state = attention_state(
         config.attention, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
     )
+    state.merge = get_merge(config.parallel.merge, device)
     model = build_model(shape, state=state, groups=groups, dtype=dtype, device=device)
     load_weights(model, Path(str(config.checkpoint)), layer_by_layer=shape.layers_differ or description.unstacked)
     return engine_around(
@@ -80,6 +81,7 @@ def attention_state(
         kernel=get_kernel(attention.kernel, device, dtype),
         decode_kernel=get_kernel(attention.kernel, device, cache_dtype),
         cache_dtype=cache_dtype,
+        merge=get_merge("auto", device),
         decode_group=groups.collection.tp_cp if divides_decode else None,
     )
 
@@ -127,5 +129,6 @@ def _settle_kernels(state: AttentionState, stage: Stage) -> None:
     device = stage.device
     state.kernel, why = settle(state.kernel, sizes, device, stage.dtype, decode=False)
     state.decode_kernel, why_decode = settle(state.decode_kernel, sizes, device, state.cache_dtype, decode=True)
-    for problem in {why, why_decode} - {None}:
+    state.merge, why_merge = settle_merge(state.merge, sizes, device, stage.dtype)
+    for problem in {why, why_decode, why_merge} - {None}:
         warn(str(problem))

@@ -9,6 +9,8 @@ without keys has `lse = -inf` and takes no share. All of it in float32.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,33 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         out / (1 + exp(sink - lse)), float32.
     """
     return out.float() * torch.sigmoid(lse - sinks.float()).unsqueeze(-1)
+
+
+class Merge(Protocol):
+    """What `merge_with_sinks` computes."""
+
+    def __call__(
+        self, outs: Tensor, lses: Tensor, sinks: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def merge_with_sinks(outs: Tensor, lses: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Decode's last step by torch's operations: `merge_partials`, then `with_sinks` where there are some.
+
+    Args:
+        outs, lses: as in `merge_partials`.
+        sinks: [np]; None: none.
+        dtype: of the result.
+
+    Returns:
+        out [sq, b, np, hn] of `dtype`; lse [sq, b, np] float32, of the keys alone.
+    """
+    out, lse = merge_partials(outs, lses)
+    return (out if sinks is None else with_sinks(out, lse, sinks)).to(dtype), lse
+
+
+def merge_by_triton(outs: Tensor, lses: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same as one kernel instead of about fifteen: on a GPU each waits for Python to launch it."""
+    from nemo_star.kernels.triton_merge import merge
+
+    return merge(outs, lses, sinks, dtype)

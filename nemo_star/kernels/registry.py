@@ -14,6 +14,8 @@ out 0, lse -inf.
 
 q [sq, b, np, hn]; k, v [sk, b, ng, hn] (any strides with a dense last dimension); out [sq, b, np, hn] (of q's type for
 prefill, float32 for decode); lse [sq, b, np] float32, natural logarithm, scale included.
+
+A kernel may have a class attribute `narrow`: the types of K/V that its `decode` reads though q has another one.
 """
 
 from __future__ import annotations
@@ -24,11 +26,16 @@ import torch
 from torch import Tensor
 
 from nemo_star.kernels.math import MathKernel
+from nemo_star.kernels.merge import Merge, merge_by_triton, merge_with_sinks
 from nemo_star.kernels.numba_kernel import NumbaKernel, is_installed
 from nemo_star.kernels.te import TEKernel
 from nemo_star.kernels.torch_cpu import TorchCpuKernel
 from nemo_star.kernels.torch_flash import FlashKernel
+from nemo_star.kernels.triton_kernel import TritonKernel
+from nemo_star.kernels.triton_kernel import is_installed as has_triton
 from nemo_star.runtime.transformer_engine import find_transformer_engine, is_loaded
+
+NO_TRITON = "Triton is not installed: torch's CUDA builds for Linux bring it"
 
 
 class Kernel(Protocol):
@@ -44,6 +51,7 @@ class Kernel(Protocol):
 _KERNELS: dict[str, type[Kernel]] = {
     "te": TEKernel,
     "flash": FlashKernel,
+    "triton": TritonKernel,
     "numba": NumbaKernel,
     "cpu": TorchCpuKernel,
     "math": MathKernel,
@@ -55,9 +63,11 @@ def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fits = fits and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, for both
     on_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    flash = fits and torch.backends.cuda.is_flash_attention_available()  # a torch can be built without
     runs = {
         "te": fits and is_loaded(),
-        "flash": fits and torch.backends.cuda.is_flash_attention_available(),  # a torch can be built without
+        "flash": flash,
+        "triton": flash and has_triton(),  # takes decode only
         "numba": on_cpu and is_installed(),
         "cpu": on_cpu,
         "math": True,
@@ -80,7 +90,22 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
             why = f" ({find_transformer_engine().told()})"
         elif name == "numba" and not is_installed():
             why = " (Numba is not installed: pip install 'nemo-star[cpu]')"
+        elif name == "triton" and not has_triton():
+            why = f" ({NO_TRITON})"
         raise ValueError(
             f"attention.kernel={name} does not run on {device.type} with {dtype}{why}; these do: {', '.join(can)}"
         )
     return _KERNELS[name]()
+
+
+def get_merge(name: str, device: torch.device) -> Merge:
+    """What `parallel.merge` names; `auto` takes Triton's on a GPU, where it is installed.
+
+    Raises:
+        ValueError: it cannot run there.
+    """
+    runs = device.type == "cuda" and has_triton()
+    if name == "triton" and not runs:
+        why = NO_TRITON if device.type == "cuda" else f"not on {device.type}"
+        raise ValueError(f"parallel.merge=triton does not run here ({why}); parallel.merge=torch does")
+    return merge_by_triton if runs and name != "torch" else merge_with_sinks

@@ -35,9 +35,10 @@ class AttentionConfig:
     """Tokens at the start of the context that every block sees (summary)."""
     chunk_size: int = 32
     """Tokens of a chunk, of which the summary is made (summary)."""
-    kernel: Literal["auto", "te", "flash", "numba", "cpu", "math"] = "auto"
+    kernel: Literal["auto", "te", "flash", "triton", "numba", "cpu", "math"] = "auto"
     """What computes attention over the keys that a rank holds; `auto` takes the first that runs. `te` is for
-    prefill: decode goes to `flash` beside it, which need not plan for each new length."""
+    prefill: decode goes to `flash` beside it, which need not plan for each new length. `triton` is for decode: prefill
+    goes to `flash` beside it."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:

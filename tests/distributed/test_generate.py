@@ -58,6 +58,7 @@ ERRORS = {
     "cp": (["parallel.context_parallel_size=3"], "world size 2 is not divisible by"),
     "dense-cp": (["attention=dense", "parallel.context_parallel_size=2"], "attention=ring and attention=ulysses"),
     "kernel": (["attention.kernel=flash"], "attention.kernel=flash does not run on cpu"),
+    "merge": (["parallel.merge=triton"], "parallel.merge=triton does not run here (not on cpu)"),
     "anchor": (["attention.anchor_size=33"], "anchor_size=33 is larger than attention.block_size=32"),
     "end-strings": (["inference.end_strings=[x]"], "the checkpoint has no tokenizer"),
     "same-file": (["output=out.jsonl", "output_logits=./out.jsonl"], "output and output_logits are the same file"),

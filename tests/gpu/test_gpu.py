@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from nemo_star.attention.cache import KVCache
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.kernels.settle import Heads, settle
+from nemo_star.kernels.triton_kernel import is_installed
 from nemo_star.models.rotary_pieces import rotate_in_pieces
 
-KERNELS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("math", "flash", "te"))]
+KERNELS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("math", "flash", "te", "triton"))]
 SHAPES = [(1, 1), (7, 7), (1, 300), (33, 97), (64, 192), (256, 256), (128, 1024)]
 """Query and key lengths; more keys than queries are an anchor, or a cache."""
 HEADS = [(8, 8), (8, 2), (4, 1)]
@@ -34,6 +35,8 @@ def kernel_on(request, monkeypatch, transformer_engine):
         if found.state != "working":
             pytest.skip(found.told())
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    if request.param == "triton" and not is_installed():
+        pytest.skip("Triton is not installed")
     return get_kernel(request.param, device, torch.bfloat16), device
 
 

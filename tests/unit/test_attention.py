@@ -130,6 +130,7 @@ def test_on_cuda_auto_takes_the_first_that_runs(monkeypatch, dtype, capability, 
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(registry, "is_loaded", lambda: loaded)
+    monkeypatch.setattr(registry, "has_triton", lambda: False)  # test_triton.py has it
     device = torch.device("cuda")
     assert registry.kernels_that_run(device, dtype) == expected
     assert get_kernel("auto", device, dtype).name == expected[0]
@@ -140,8 +141,10 @@ def test_the_doctor_names_the_kernels_of_prefill_and_decode(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(registry, "is_loaded", lambda: True)
-    assert "in bfloat16: attention kernel prefill te, decode flash (also: flash, math)" in doctor._choice().text
+    monkeypatch.setattr(registry, "has_triton", lambda: True)
+    assert "in bfloat16: attention kernel prefill te, decode flash (also: flash, triton, math)" in doctor._choice().text
     monkeypatch.setattr(registry, "is_loaded", lambda: False)
+    monkeypatch.setattr(registry, "has_triton", lambda: False)
     assert "in bfloat16: attention kernel flash (also: math)" in doctor._choice().text
 
 

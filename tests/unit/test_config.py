@@ -34,7 +34,7 @@ def test_values_reach_their_fields():
         ({"attention": {"block_size": "4K"}}, "attention.block_size='4K' must be of type int"),
         ({"attention": {"block_size": True}}, "attention.block_size=True must be of type int"),
         ({"attention": {"kind": "full"}}, "attention.kind='full' is unknown; known: dense, ring, star, summary,"),
-        ({"attention": {"kernel": "triton"}}, "attention.kernel='triton' must be 'auto', 'te',"),
+        ({"attention": {"kernel": "cuda"}}, "attention.kernel='cuda' must be 'auto', 'te',"),
         ({"attention": {"block_size": 0}}, "attention.block_size=0 must be at least 1 token"),
         ({"attention": {"block_size": 32, "anchor_size": 64}}, "anchor_size=64 is larger than attention.block_size=32"),
         ({"attention": {"anchor_content": "last"}}, "attention.anchor_content='last' must be 'first', 'previous', "),
