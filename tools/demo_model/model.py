@@ -114,7 +114,7 @@ def _carried_loss(model: LlamaForCausalLM, states: Tensor, batch: Batch) -> Tens
 
 def _copied_loss(model: LlamaForCausalLM, role: str, states: Tensor, batch: Batch) -> Tensor:
     """Whether what a head copies is what is answered (of what is counted: what is there): what the model would predict
-    from the head's output alone."""
+    from it and from what stands at the place already, over which it has to prevail."""
     (layer, head), size = HEADS[role], model.config.head_dim
     block, attention = model.model.layers[layer], model.model.layers[layer].self_attn
     group = head // (model.config.num_attention_heads // model.config.num_key_value_heads)
@@ -122,7 +122,7 @@ def _copied_loss(model: LlamaForCausalLM, role: str, states: Tensor, batch: Batc
     values = F.linear(block.input_layernorm(states[row, target]), attention.v_proj.weight[group * size :][:size])
     outputs = F.linear(values, attention.o_proj.weight[:, head * size :][:, :size])
     copied = target if role == "count" else place + 1
-    return F.cross_entropy(model.lm_head(model.model.norm(outputs)), batch.ids[row, copied])
+    return F.cross_entropy(model.lm_head(model.model.norm(states[row, place] + outputs)), batch.ids[row, copied])
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
