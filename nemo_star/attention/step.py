@@ -114,7 +114,7 @@ class AttentionState:
     kernel: Kernel
     """Computes in the model's type: prefill."""
     decode_kernel: Kernel
-    """Computes in the cache's type."""
+    """Computes in the cache's type; where that is fp8, in the model's."""
     cache_dtype: torch.dtype
     """Of cached K/V."""
     decode_group: dist.ProcessGroup | None = None

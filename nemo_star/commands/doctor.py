@@ -152,6 +152,7 @@ def _choice() -> Finding:
 
     from nemo_star.kernels.registry import get_kernel, kernels_that_run
     from nemo_star.kernels.settle import USUAL_HEADS, names, settle
+    from nemo_star.kernels.stored import stored_type, told
     from nemo_star.models.layer_spec import implementation_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,4 +167,6 @@ def _choice() -> Finding:
     text += f" (also: {', '.join(others)})"
     if device.type == "cpu" and first != "numba":
         text += " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
-    return Finding("will run", f"{text}, {layers} layers")
+    fp8 = stored_type("fp8_e4m3")
+    over_fp8, _ = settle(get_kernel("auto", device, dtype, stored=fp8), USUAL_HEADS, device, dtype, decode=True)
+    return Finding("will run", f"{text}, {layers} layers; cache.dtype={told(over_fp8, fp8)}")
