@@ -8,6 +8,7 @@ before it runs, a piece at a time, so that a long cache is never there in the wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -108,7 +109,7 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[int, int]]:
     """Keys [start, stop) one after the other; where `causal`, the queries' own are all in the last piece."""
     tokens, own = k.shape[0], q.shape[0] if causal else 0
-    size = max(1, PIECE_BYTES[k.device.type] // (2 * k[:1].numel() * q.dtype.itemsize))
+    size = max(1, PIECE_BYTES[k.device.type] // (2 * math.prod(k.shape[1:]) * q.dtype.itemsize))
     start = 0
     while tokens - start > max(size, own):
         stop = min(start + size, tokens - own)
