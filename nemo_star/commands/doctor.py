@@ -167,6 +167,4 @@ def _choice() -> Finding:
     text += f" (also: {', '.join(others)})"
     if device.type == "cpu" and first != "numba":
         text += " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
-    fp8 = stored_type("fp8_e4m3")
-    over_fp8, _ = settle(get_kernel("auto", device, dtype, stored=fp8), USUAL_HEADS, device, dtype, decode=True)
-    return Finding("will run", f"{text}, {layers} layers; cache.dtype={told(over_fp8, fp8)}")
+    return Finding("will run", f"{text}, {layers} layers; cache.dtype={told(decode, stored_type('fp8_e4m3'))}")

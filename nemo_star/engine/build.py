@@ -79,7 +79,7 @@ def attention_state(
         method=method_of(attention),
         cp_group=groups.cp,
         kernel=get_kernel(attention.kernel, device, dtype),
-        decode_kernel=get_kernel(attention.kernel, device, computed_type(cache_dtype, dtype), stored=cache_dtype),
+        decode_kernel=get_kernel(attention.kernel, device, computed_type(cache_dtype, dtype)),
         cache_dtype=cache_dtype,
         decode_group=groups.collection.tp_cp if divides_decode else None,
     )

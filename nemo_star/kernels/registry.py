@@ -14,9 +14,6 @@ out 0, lse -inf.
 
 q [sq, b, np, hn]; k, v [sk, b, ng, hn] (any strides with a dense last dimension); out [sq, b, np, hn] (of q's type for
 prefill, float32 for decode); lse [sq, b, np] float32, natural logarithm, scale included.
-
-All of them are of one type, but for a kernel with a class attribute `narrow: tuple[torch.dtype, ...]`: its `decode`
-takes k and v of these types beside q of its own (`stored.py`).
 """
 
 from __future__ import annotations
@@ -68,18 +65,15 @@ def kernels_that_run(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [name for name, possible in runs.items() if possible]
 
 
-def get_kernel(name: str, device: torch.device, dtype: torch.dtype, *, stored: torch.dtype | None = None) -> Kernel:
+def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The kernel called `name`; `auto` takes the first of `kernels_that_run`.
-
-    Args:
-        stored: type of cached K/V, where the kernel is for decode: `auto` prefers one that names it in `narrow`.
 
     Raises:
         ValueError: the kernel cannot run there; the message says which can.
     """
     can = kernels_that_run(device, dtype)
     if name == "auto":
-        name = next((each for each in can if stored in getattr(_KERNELS[each], "narrow", ())), can[0])
+        name = can[0]
     if name not in can:
         why = ""
         if name == "te" and not is_loaded():

@@ -9,14 +9,12 @@ from oracle import inputs, reference
 from nemo_star import LLM
 from nemo_star.attention.cache import KVCache
 from nemo_star.benchmarking.probe import time_cache_reads
-from nemo_star.kernels import registry, stored
+from nemo_star.kernels import stored
 from nemo_star.kernels.math import MathKernel
 from nemo_star.kernels.numba_kernel import NumbaKernel, takes
-from nemo_star.kernels.registry import get_kernel
 from nemo_star.kernels.stored import attend_stored, stored_name, stored_type
 from nemo_star.kernels.torch_cpu import TorchCpuKernel
 
-CPU = torch.device("cpu")
 FORMATS = {"fp8_e4m3": (4, 3, 7, 448.0), "fp8_e5m2": (5, 2, 15, 57344.0)}
 """Name -> bits of exponent and mantissa, bias, largest value (OCP OFP8, table 2)."""
 
@@ -151,15 +149,8 @@ def test_a_kernel_that_names_the_type_gets_it_as_it_is():
         out, _ = attend_stored(noting, q, *kept, 0.3, False)
         torch.testing.assert_close(out, reference(q, *(x.float() for x in kept), 0.3, False)[0].float())
         assert noting.calls.pop() == (40, dtype, False)
-
-
-def test_auto_prefers_a_kernel_that_reads_what_is_stored(monkeypatch):
-    monkeypatch.setitem(registry._KERNELS, "math", Narrow)
-    for kept, name in ((None, "numba"), (torch.float8_e5m2, "numba"), (torch.float8_e4m3fn, "narrow")):
-        kernel = get_kernel("auto", CPU, torch.float32, stored=kept)
-        assert kernel.name == name
-    assert stored.told(kernel, torch.float8_e4m3fn) == "fp8_e4m3 (read as stored)"
-    assert get_kernel("cpu", CPU, torch.float32, stored=torch.float8_e4m3fn).name == "cpu"
+    assert stored.told(Narrow(), torch.float8_e4m3fn) == "fp8_e4m3 (read as stored)"
+    assert stored.told(Narrow(), torch.float8_e5m2) == "fp8_e5m2 (converted for narrow)"
 
 
 def test_an_unknown_name_lists_those_there_are(tiny):

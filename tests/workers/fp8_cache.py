@@ -16,7 +16,7 @@ from nemo_star.parallel.groups import gather_objects
 
 
 def together(engine, context, queries, steps):
-    """Greedy tokens of all questions in one batch, a list each, and on rank 0 their logits [questions, steps, vocab]."""
+    """Greedy tokens of all questions in one batch, and on rank 0 their logits [questions, steps, vocab]."""
     sequences, tokens, found = [engine.sequence(context) for _ in queries], queries, []
     for _ in range(steps):
         logits = engine.decode(list(zip(sequences, tokens, strict=True)))
