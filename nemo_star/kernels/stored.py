@@ -99,8 +99,8 @@ def attend_stored(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float,
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """K or V [tokens, b, ng, hn] in another type, in the same order in memory: `.to` would put the tokens of a group
-    apart, which lie one behind the other on CPU."""
+    """K or V [tokens, b, ng, hn] in another type, in the same order in memory: on CPU the tokens of a group lie one
+    behind the other, and of a part of a tensor `.to` does not promise to keep that."""
     if x.stride(0) < x.stride(2):
         return x.permute(1, 2, 0, 3).to(dtype).permute(2, 0, 1, 3)
     return x.to(dtype)
