@@ -64,7 +64,7 @@ class SharedAnchor:
         self._given.add(layer_number)
         if not self._uses[layer_number]:
             self._drop_oldest()
-        packed = torch.stack((k[: self.tokens], v[: self.tokens])).to(self._shape.dtype)
+        packed = torch.stack([x[: self.tokens].to(self._shape.dtype) for x in (k, v)])
         if self._group.size() > 1:
             self._works[layer_number] = dist.broadcast(packed, group=self._group, group_src=0, async_op=True)
         if self._uses[layer_number]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_star.kernels.stored import saturated
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -68,10 +70,10 @@ class KVCache:
 
     def append(self, layer_number: int, k: Tensor, v: Tensor, *, of: int | None = None) -> None:
         """Copy k, v [tokens, b, ng, hn] behind what the layer holds; the last ones of `of` tokens, where a windowed
-        layer leaves out what nobody will look at."""
+        layer leaves out what nobody will look at. What the stored type has no value for becomes its largest."""
         room_k, room_v = self.room(layer_number, k.shape[0], like=k, of=of)
-        room_k.copy_(k)
-        room_v.copy_(v)
+        room_k.copy_(saturated(k, room_k.dtype))
+        room_v.copy_(saturated(v, room_v.dtype))
 
     def room(self, layer_number: int, tokens: int, *, like: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
         """Views (k, v), each [tokens, b, ng, hn], of room for further tokens behind what the layer holds, to be filled

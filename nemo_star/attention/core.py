@@ -25,6 +25,7 @@ from nemo_star.attention.merge import merge_over_group
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.kernels.math import attend_at
 from nemo_star.kernels.merge import with_sinks
+from nemo_star.kernels.stored import attend_stored
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition, Span, clipped, length
 
@@ -187,14 +188,14 @@ class CoreAttention(nn.Module):
     def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:
         """Over what one cache holds of this layer; without any key out 0, lse -inf."""
         keys, values = self._cached(cache, q)
-        return self.state.decode_kernel.decode(q.to(keys.dtype), keys, values, self.scale, causal)
+        return attend_stored(self.state.decode_kernel, q, keys, values, self.scale, causal)
 
     def _attend_near(self, q: Tensor, cache: KVCache, positions: Tensor, rows: SequenceRows) -> Partial:
         """The same over the last keys, at these positions, as far as each row's window reaches."""
         keys, values = self._cached(cache, q)
         keys, values = (x[x.shape[0] - positions.shape[0] :] for x in (keys, values))
         if q.shape[0] == 1:
-            return self.state.decode_kernel.decode(q.to(keys.dtype), keys, values, self.scale, False)
+            return attend_stored(self.state.decode_kernel, q, keys, values, self.scale, False)
         assert self.window is not None
         return attend_at(q, keys, values, self.scale, first=rows.position, positions=positions, window=self.window)
 

@@ -115,7 +115,7 @@ class AttentionState:
     kernel: Kernel
     """Computes in the model's type: prefill."""
     decode_kernel: Kernel
-    """Computes in the cache's type."""
+    """Computes in the cache's type; where that is fp8, in the model's."""
     cache_dtype: torch.dtype
     """Of cached K/V."""
     merge: Merge = merge_with_sinks

@@ -25,6 +25,7 @@ from nemo_star.engine.engine import Engine
 from nemo_star.kernels.merge import merge_with_sinks
 from nemo_star.kernels.registry import get_merge
 from nemo_star.kernels.settle import names
+from nemo_star.kernels.stored import stored_type
 from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model
@@ -52,6 +53,8 @@ class Contender(Protocol):
     dtype: torch.dtype
     sliced: frozenset[Sliced]
     """What decode divides over cp; nothing: replicated."""
+    cache_dtype: torch.dtype | None
+    """Of cached K/V; None: `dtype`."""
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
         """Times and sizes of one prefill and decode on this rank."""
@@ -70,6 +73,7 @@ class OnEngine:
     """None on a rank that only waits (dense runs on rank 0)."""
     questions: tuple[int, ...] = ()
     """Numbers of them that decode together, timed beside one."""
+    cache_dtype: torch.dtype | None = None
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
         engine = self.engine
@@ -128,6 +132,7 @@ class OnTransformers:
     model: ModelConfig
     weights: Weights | None
     """Whole, or None on a rank that only waits."""
+    cache_dtype: torch.dtype | None = None
 
     def sample(self, context: list[int], decode_tokens: int) -> dict[str, Any] | None:
         if self.weights is None:
@@ -163,6 +168,7 @@ def build_contenders(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     merge = get_merge(config.parallel.merge, device)
+    cache_dtype = stored_type(config.cache.dtype) if config.cache.dtype else None
     drawn: dict[Layout, Weights] = {}
     contenders: list[Contender] = []
     for candidate in config.candidates:
@@ -180,7 +186,14 @@ def build_contenders(
         if method.shares_context or dist.get_rank() == 0:
             divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
             engine = _engine(
-                method, model, place, drawn, dtype=dtype, device=device, sliced=sliced, sequence_parallel=divided
+                method,
+                model,
+                place,
+                drawn,
+                types=(dtype, cache_dtype),
+                device=device,
+                sliced=sliced,
+                sequence_parallel=divided,
             )
             if merge is merge_with_sinks:  # else the engine has taken what runs
                 engine.state.merge = merge
@@ -188,7 +201,7 @@ def build_contenders(
         if candidate.kind == TRANSFORMERS:
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
         else:
-            contenders.append(OnEngine(*facts, engine, config.questions))
+            contenders.append(OnEngine(*facts, engine, config.questions, cache_dtype))
     return contenders
 
 
@@ -198,14 +211,16 @@ def _engine(
     place: tuple[Layout, Groups],
     drawn: dict[Layout, Weights],
     *,
-    dtype: torch.dtype,
+    types: tuple[torch.dtype, torch.dtype | None],
     device: torch.device,
     sliced: frozenset[Sliced],
     sequence_parallel: bool,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
-    layout, groups = place
-    state = attention_state(method.settings, groups, device=device, dtype=dtype, divides_decode=bool(sliced))
+    (layout, groups), (dtype, cache_dtype) = place, types
+    state = attention_state(
+        method.settings, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
+    )
     built = build_model(model, state=state, groups=groups, dtype=dtype, device=device)
     weights_layout = dataclasses.replace(layout, cp=1)
     if weights_layout not in drawn:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nemo_star.benchmarking.contenders import Contender
 from nemo_star.config.benchmark import TRANSFORMERS
 from nemo_star.config.model import ModelConfig
+from nemo_star.kernels.stored import stored_name
 from nemo_star.planning.limit import GIB
 from nemo_star.planning.memory import activation_bytes, kv_bytes, weight_elements
 from nemo_star.planning.work import Workload, work_of
@@ -23,8 +24,8 @@ def shortage(contender: Contender, model: ModelConfig, tokens: int, free: Sequen
         free: of every rank, in rank order, when the weights are there.
     """
     layout = contender.layout
-    dtype = str(contender.dtype).removeprefix("torch.")
-    work = Workload(model, layout, contender.method, tokens, dtype=dtype)
+    dtype, cache_dtype = (stored_name(each or contender.dtype) for each in (contender.dtype, contender.cache_dtype))
+    work = Workload(model, layout, contender.method, tokens, dtype=dtype, cache_dtype=cache_dtype)
     kv: Counter[str] = Counter()
     beside: Counter[str] = Counter()
     room: dict[str, int] = {}

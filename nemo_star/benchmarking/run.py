@@ -19,6 +19,7 @@ from nemo_star.benchmarking.contenders import ALONE, Contender, OnEngine, build_
 from nemo_star.benchmarking.fit import shortage
 from nemo_star.benchmarking.report import check_plots, draw, table
 from nemo_star.config.benchmark import BenchmarkConfig
+from nemo_star.kernels.stored import stored_name
 from nemo_star.models.sequence_parallel import check_sequence_parallel
 from nemo_star.parallel.groups import barrier, create_groups, gather_objects, initialize, on_first_rank
 from nemo_star.parallel.layout import Layout, plan_layout
@@ -150,6 +151,7 @@ def _named(contender: Contender, tokens: int) -> dict[str, Any]:
         "attention": candidate.kind,
         "anchor": method.variant,
         "decode": "sharded" if contender.sliced else "replicated",
+        "cache_dtype": stored_name(contender.cache_dtype or contender.dtype),
         "context_tokens": tokens,
         "tp": layout.tp,
         "pp": layout.pp,

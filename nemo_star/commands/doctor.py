@@ -152,6 +152,7 @@ def _choice() -> Finding:
 
     from nemo_star.kernels.registry import get_kernel, kernels_that_run
     from nemo_star.kernels.settle import USUAL_HEADS, names, settle
+    from nemo_star.kernels.stored import stored_type, told
     from nemo_star.models.layer_spec import implementation_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,8 +163,10 @@ def _choice() -> Finding:
     ]
     kernel = get_kernel(first, device, dtype)
     decode, _ = settle(kernel, USUAL_HEADS, device, dtype, decode=True)
+    fp8 = stored_type("fp8_e4m3")
+    reads_fp8, _ = settle(kernel, USUAL_HEADS, device, dtype, decode=True, stored=fp8)
     text = f"on {device.type} in {str(dtype).removeprefix('torch.')}: attention kernel {names(kernel, decode)}"
     text += f" (also: {', '.join(others)})"
     if device.type == "cpu" and first != "numba":
         text += " (pip install 'nemo-star[cpu]': faster decode over long contexts)"
-    return Finding("will run", f"{text}, {layers} layers")
+    return Finding("will run", f"{text}, {layers} layers; cache.dtype={told(reads_fp8, fp8)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemo_star.config.compare import Candidate
+from nemo_star.config.llm import CacheConfig
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.parallel import ParallelConfig
 from nemo_star.methods.config import AttentionConfig
@@ -59,9 +60,10 @@ class BenchmarkConfig:
     overwrite: bool = False
     """Replace an output file that exists."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of weights and K/V; None: float32 on CPU, bfloat16 on GPU."""
+    """Type of weights; None: float32 on CPU, bfloat16 on GPU."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         unlike = [name for name in _LLAMA_HAS if getattr(self.model, name) != getattr(ModelConfig, name)]

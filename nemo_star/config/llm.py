@@ -24,8 +24,9 @@ _NO_VARIABLES = frozenset(
 class CacheConfig:
     """Cached keys and values."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of cached keys and values; None: the model's."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"] | None = None
+    """Type of cached keys and values; None: the model's. In fp8 they take a
+    byte each, and round more."""
     budget_gib: float | None = None
     """Memory of the fullest rank, in GiB, for the K/V of contexts that are kept for further questions; None: half of
     what the weights leave."""

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from nemo_star.contexts.files import read_kv, write_kv
 from nemo_star.contexts.index import (
     FORMAT_VERSION,
@@ -30,6 +28,7 @@ from nemo_star.contexts.index import (
 from nemo_star.contexts.shard import Written, checksum, open_tensors, write_tensors
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
+from nemo_star.kernels.stored import stored_name
 from nemo_star.methods.partition import Partition
 from nemo_star.methods.registry import method_of
 from nemo_star.models.guard import uses_windows
@@ -127,7 +126,7 @@ def _index(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint,
         attention=context.method.settings,
-        dtype=_name(engine.state.cache_dtype),
+        dtype=stored_name(engine.state.cache_dtype),
         num_layers=config.num_layers,
         num_query_groups=config.num_query_groups,
         kv_channels=config.kv_channels,
@@ -149,7 +148,7 @@ def _checked(engine: Engine, folder: Path, fingerprint: str) -> ContextIndex:
             f"saved context {folder} belongs to other weights (fingerprint {index.fingerprint[:12]}..., this model's "
             f"is {fingerprint[:12]}...): encode it again with this model"
         )
-    config, dtype = engine.stage.model.config, _name(engine.state.cache_dtype)
+    config, dtype = engine.stage.model.config, stored_name(engine.state.cache_dtype)
     for name in ("num_layers", "num_query_groups", "kv_channels"):
         saved, here = getattr(index, name), getattr(config, name)
         if saved != here:
@@ -183,7 +182,3 @@ def _named(folder: Path, make: Callable[[], T]) -> T:
         return make()
     except (OSError, ValueError) as error:
         raise ValueError(f"the context cannot be saved in {folder}: {error}") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

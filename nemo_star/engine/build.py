@@ -14,6 +14,7 @@ from nemo_star.config.llm import LLMConfig
 from nemo_star.engine.engine import Engine
 from nemo_star.kernels.registry import get_kernel, get_merge
 from nemo_star.kernels.settle import Heads, settle, settle_merge
+from nemo_star.kernels.stored import computed_type, stored_type
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model
@@ -36,7 +37,7 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
     sliced = sliced_matrices(
         config.parallel.decode, shape, groups.layout, itemsize=dtype.itemsize, device_type=device.type
     )
-    cache_dtype = getattr(torch, config.cache.dtype) if config.cache.dtype else dtype
+    cache_dtype = stored_type(config.cache.dtype) if config.cache.dtype else dtype
     state = attention_state(
         config.attention, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
     )
@@ -79,7 +80,7 @@ def attention_state(
         method=method_of(attention),
         cp_group=groups.cp,
         kernel=get_kernel(attention.kernel, device, dtype),
-        decode_kernel=get_kernel(attention.kernel, device, cache_dtype),
+        decode_kernel=get_kernel(attention.kernel, device, computed_type(cache_dtype, dtype)),
         cache_dtype=cache_dtype,
         merge=get_merge("auto", device),
         decode_group=groups.collection.tp_cp if divides_decode else None,
@@ -128,7 +129,10 @@ def _settle_kernels(state: AttentionState, stage: Stage) -> None:
     sizes = Heads(heads, shape.groups, shape.channels, stage.window)
     device = stage.device
     state.kernel, why = settle(state.kernel, sizes, device, stage.dtype, decode=False)
-    state.decode_kernel, why_decode = settle(state.decode_kernel, sizes, device, state.cache_dtype, decode=True)
+    computed = computed_type(state.cache_dtype, stage.dtype)
+    state.decode_kernel, why_decode = settle(
+        state.decode_kernel, sizes, device, computed, decode=True, stored=state.cache_dtype
+    )
     state.merge, why_merge = settle_merge(state.merge, sizes, device, stage.dtype)
     for problem in {why, why_decode, why_merge} - {None}:
         warn(str(problem))

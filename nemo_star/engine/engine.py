@@ -17,6 +17,7 @@ from nemo_star.attention.step import AttentionState, ContextRows, DecodeStep, Ne
 from nemo_star.engine.context import EncodedContext, Sequence, block_spans_backwards, positions_from
 from nemo_star.engine.encoding import BlockEncoding, Encoding, GoingOn
 from nemo_star.kernels.settle import names
+from nemo_star.kernels.stored import told
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Partition
 from nemo_star.models.stage import Stage
@@ -65,8 +66,9 @@ class Engine:
         """How it computes, for a person."""
         decode = "replicated" if self.state.decode_group is None else "sharded"
         over = f", decode {decode}" if self.groups.cp.size() > 1 else ""
-        kernels = names(self.state.kernel, self.state.decode_kernel)
-        return f"kernel {kernels}, {str(self.dtype).removeprefix('torch.')}{over}"
+        kernels, stored = names(self.state.kernel, self.state.decode_kernel), self.state.cache_dtype
+        kv = "" if stored == self.dtype else f", K/V in {told(self.state.decode_kernel, stored)}"
+        return f"kernel {kernels}, {str(self.dtype).removeprefix('torch.')}{kv}{over}"
 
     def begin(self, context_ids: Ids[int] | Tensor) -> Encoding:
         """Phase 1, step by step: the K/V of a context. Ranks exchange nothing but what their attention needs.

@@ -74,13 +74,13 @@ def attend_at(
     """
     if k.shape[0] == 0:
         return no_keys(q)
-    parts = []
+    parts, keys, values = [], k.float(), v.float()  # now: of fp8, not every torch can pick rows
     for start in range(0, q.shape[0], ROWS):
         rows = q[start : start + ROWS]
         at = torch.arange(first + start, first + start + rows.shape[0], device=q.device)
         seen = (positions > at[0] - window) & (positions <= at[-1])
         here = positions[seen]
         visible = (here <= at[:, None]) & (here > at[:, None] - window)
-        parts.append(attend_visible(rows, k[seen], v[seen], scale, visible))
+        parts.append(attend_visible(rows, keys[seen], values[seen], scale, visible))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs), torch.cat(lses)

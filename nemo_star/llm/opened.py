@@ -21,6 +21,7 @@ from nemo_star.engine.build import build_engine, dtype_name
 from nemo_star.engine.context import Sequence as SequenceOfTokens
 from nemo_star.engine.engine import Engine
 from nemo_star.engine.scheduler import ContextWork, Question, Scheduler
+from nemo_star.kernels.stored import stored_type
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
@@ -61,6 +62,8 @@ class OpenedModel:
     def _open(self, config: LLMConfig, free: Callable[[torch.device], FreeMemory]) -> None:
         self.config = config
         self.method = method_of(config.attention)
+        if config.cache.dtype is not None:
+            stored_type(config.cache.dtype)
         layout = plan_layout(config.parallel, self.method, world_size=environment_world_size())
         with ExitStack() as exits:
             self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))

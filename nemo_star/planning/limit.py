@@ -82,7 +82,8 @@ class MemoryLimit:
         """What would help."""
         ways = ["more tensor-, pipeline- or context-parallel ranks on further devices", "a smaller dtype"]
         if work.context_tokens:
-            ways += ["cache.dtype=bfloat16"] if work.cache_bytes > 2 else []
+            narrower = {4: ["cache.dtype=bfloat16"], 2: ["cache.dtype=fp8_e4m3"]}
+            ways += narrower.get(work.cache_bytes, [])
             if 0 in work.tokens_by_rank:
                 ways.append("a smaller attention.block_size, so that every rank has a block")
             ways.append("a shorter context")

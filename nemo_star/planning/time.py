@@ -146,7 +146,8 @@ def _left_out_seconds(work: Workload, clock: Clock, rank: RankWork, block: Block
 
 
 def decode_seconds(work: Workload, clock: Clock) -> float:
-    """Seconds of one token: weights and K/V read once, and what the collectives take. A lower bound on GPUs."""
+    """Seconds of one token: weights and K/V read once, and what the collectives take. A lower bound on GPUs, and where
+    K/V in fp8 are converted before a kernel reads them."""
     model, layout = work.model, work.layout
     query = model.query_width
     sliced = work.sliced

@@ -17,7 +17,7 @@ from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning.flops import prefill_flops
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 @dataclass(frozen=True)

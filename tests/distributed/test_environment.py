@@ -66,6 +66,7 @@ def test_the_doctor_names_them_and_says_that_the_project_runs(broken):
     assert "pip install --no-build-isolation 'transformer-engine[pytorch]'" in lines["Transformer Engine"]
     assert lines["Megatron-core"][0].isdigit()
     assert "attention kernel " in lines["will run"]
+    assert lines["will run"].endswith("; cache.dtype=fp8_e4m3 (converted for numba)")
 
 
 def test_the_doctor_fails_where_the_project_cannot_run(tmp_path):

@@ -14,6 +14,7 @@ from oracle import reference
 from safetensors.torch import load_file
 
 from nemo_star.attention.cache import KVCache
+from nemo_star.kernels import stored
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.kernels.settle import Heads, settle
 from nemo_star.kernels.triton_kernel import is_installed
@@ -144,6 +145,25 @@ def test_merged_parts_are_the_whole(kernel_on):
     parts = [kernel.decode(q, k[start:stop], v[start:stop], 0.125, False) for start, stop in ((0, 500), (500, 900))]
     out, _ = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
     Oracle(q, k, v, 0.125, False).check(out)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_a_cache_in_fp8(kernel_on, monkeypatch, name):
+    """A device writes what a CPU does, beyond the largest value, too; attention over pieces is that over all."""
+    kernel, device = kernel_on
+    q, k, v = inputs(3, 900, device=device)
+    monkeypatch.setitem(stored.PIECE_BYTES, device.type, 256 * 2 * k[0].nbytes)
+    cache, same = KVCache(stored.stored_type(name)), KVCache(stored.stored_type(name))
+    for layer, factor in ((1, 1), (2, 200), (3, 2**15), (4, 2**-10)):
+        cache.append(layer, k * factor, v * factor)
+        same.append(layer, (k * factor).cpu(), (v * factor).cpu())
+        for mine, other in zip(cache.get(layer), same.get(layer), strict=True):
+            assert torch.equal(mine.cpu().view(torch.uint8), other.view(torch.uint8))
+    kept = cache.get(1)
+    out, lse = stored.attend_stored(kernel, q, *kept, 0.125, True)
+    oracle = Oracle(q, *(x.to(q.dtype) for x in kept), 0.125, True)
+    oracle.check(out)
+    assert (lse.cpu().double() - oracle.lse).abs().max() <= 1e-3
 
 
 @pytest.fixture

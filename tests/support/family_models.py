@@ -195,15 +195,15 @@ CASES = {
 """Name -> (transformers' prefix of ForCausalLM, settings beside SIZES). Windows are shorter than any context here."""
 
 
-def save_model(folder, case):
-    """The model of a case, saved in `folder`, in float32."""
+def save_model(folder, case, **changes):
+    """The model of a case, with changes of its settings, saved in `folder`, in float32."""
     import transformers
 
     family, settings = CASES[case]
     torch.manual_seed(sum(case.encode()))
     kind = getattr(transformers, f"{family}ForCausalLM")
     # Eager: attention that knows sinks and takes any mask, experts that take float64.
-    config = kind.config_class(**{**SIZES, **settings}, experts_implementation="eager")
+    config = kind.config_class(**{**SIZES, **settings, **changes}, experts_implementation="eager")
     model = kind._from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
         if "norm" in name:

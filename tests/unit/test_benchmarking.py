@@ -31,10 +31,10 @@ SHAPE = {
 }
 
 
-def contender(word, layout, block_size=32768):
+def contender(word, layout, block_size=32768, **values):
     candidate = Candidate.parse(word)
     method = candidate.method(AttentionConfig(block_size=block_size), LLAMA)
-    return OnEngine(candidate, method, layout, torch.bfloat16, frozenset(), None)
+    return OnEngine(candidate, method, layout, torch.bfloat16, frozenset(), None, **values)
 
 
 def test_a_million_tokens_do_not_fit_on_one_gpu():
@@ -44,6 +44,9 @@ def test_a_million_tokens_do_not_fit_on_one_gpu():
     said = shortage(star, LLAMA, 2**20, [FreeMemory("GPU 0", room)])
     assert said.startswith("does not fit into GPU 0: 128.00 GiB of K/V and about ")
     assert shortage(star, LLAMA, 2**19, [FreeMemory("GPU 0", room)]) is None
+    narrow = contender("star:shared", ALONE, cache_dtype=torch.float8_e4m3fn)
+    assert shortage(narrow, LLAMA, 2**20, [FreeMemory("GPU 0", room)]) is None
+    assert ": 128.00 GiB of K/V" in shortage(narrow, LLAMA, 2**21, [FreeMemory("GPU 0", room)])
     # Two ranks hold half each: on a GPU each it fits, in one memory of that size it does not.
     shared = contender("star:shared", Layout(tp=1, cp=2, dp=1, pp=1))
     assert shortage(shared, LLAMA, 2**20, [FreeMemory(f"GPU {rank}", room) for rank in range(2)]) is None
@@ -73,6 +76,19 @@ def test_what_does_not_fit_is_withheld_and_the_rest_goes_on(config, groups, caps
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()] == ["context", "40", "4000", "48"]
     assert "withheld: does not fit into here" in printed
+
+
+def test_k_and_v_are_of_the_type_that_is_set(tmp_path, groups):
+    sizes = []
+    for dtype in (None, "fp8_e4m3"):
+        settings = {"context_tokens": [40], "repeats": 1, "decode_tokens": 1, "output": str(tmp_path / f"{dtype}.json")}
+        values = {"compare": ["dense"], "model": SHAPE, "cache": {"dtype": dtype}, **settings}
+        assert benchmark.run(parse(BenchmarkConfig, values)) == 0
+        (row,) = json.loads(Path(settings["output"]).read_text())
+        assert row["cache_dtype"] == (dtype or "float32")
+        assert row["kv_read_seconds"] > 0
+        sizes.append(row["kv_bytes_per_rank"])
+    assert sizes[0] == 4 * sizes[1] == 4 * 40 * 2 * 2 * 2 * 8
 
 
 def test_rows_of_earlier_lengths_outlive_a_failure(config, groups, monkeypatch):

@@ -28,9 +28,9 @@ def test_a_cpu_s_memory_is_that_of_its_machine():
     assert free.pool == free_memory(torch.device("cpu")).pool
 
 
-def limit(free, *, dp=1, cp=2, kind="star"):
+def limit(free, *, dp=1, cp=2, kind="star", cache_dtype=None):
     layout = Layout(tp=1, cp=cp, dp=dp, pp=1)
-    return MemoryLimit(Workload(LLAMA, layout, method_of(AttentionConfig(kind=kind)), 0), free)
+    return MemoryLimit(Workload(LLAMA, layout, method_of(AttentionConfig(kind=kind)), 0, cache_dtype=cache_dtype), free)
 
 
 def test_ranks_of_one_machine_share_its_memory():
@@ -50,6 +50,17 @@ def test_ranks_of_one_machine_share_its_memory():
     limit(uneven).check(0)
     with pytest.raises(ValueError, match="weights"):
         limit([FreeMemory("host", 2 * WEIGHTS - 1)] * 2).check(0)
+
+
+def test_in_fp8_twice_as_many_tokens_fit():
+    shared = [FreeMemory("host", 2 * WEIGHTS + 2**34)] * 2
+    with pytest.raises(ValueError, match="does not fit .*a smaller dtype, cache.dtype=fp8_e4m3, a shorter context"):
+        limit(shared).check(2**18)
+    limit(shared, cache_dtype="fp8_e4m3").check(2**18)
+    with pytest.raises(ValueError, match="16.00 GiB for the K/V .*a smaller dtype, a shorter context"):
+        limit(shared, cache_dtype="fp8_e5m2").check(2**18 + 8)
+    with pytest.raises(ValueError, match="a smaller dtype, cache.dtype=bfloat16, a shorter context"):
+        limit(shared, cache_dtype="float32").check(2**17)
 
 
 def test_a_replica_with_room_is_enough():

@@ -129,6 +129,21 @@ def test_what_does_not_fit_is_refused(engine, saved, values, message):
         load_context(engine, saved, fingerprint="weights")
 
 
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_comes_back_bit_for_bit_and_is_not_taken_for_another_type(tiny, engine, tmp_path, dtype):
+    narrow = LLM(tiny, cache={"dtype": dtype}).engine
+    context = narrow.encode(CONTEXT)
+    save_context(narrow, context, tmp_path, fingerprint="weights")
+    loaded = load_context(narrow, tmp_path, fingerprint="weights", verify=True)
+    for number in narrow.stage.layer_numbers:
+        for one, other in zip(context.cache.get(number), loaded.cache.get(number), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    told = f"K/V in {dtype}, this engine caches float32: set cache.dtype={dtype}, or encode it again"
+    with pytest.raises(ValueError, match=told):
+        load_context(engine, tmp_path, fingerprint="weights")
+
+
 def test_damaged_files_are_refused(engine, saved):
     index = read_index(saved)
     file = saved / index.data / index.shards[0].file
