@@ -157,8 +157,8 @@ class Engine:
         for row in rows:
             together.setdefault(id(row.sequence.context), []).append(row)
         ids: list[int] = []
+        positions: list[int] = []
         lengths: list[int] = []
-        positions: list[Tensor] = []
         wanted: list[list[int]] = [[]] * len(rows)
         contexts = []
         for of_context in together.values():
@@ -166,14 +166,14 @@ class Engine:
             for row in of_context:
                 sequences.append(self._sequence_rows(row.sequence, len(ids), len(row.tokens)))
                 position = sequences[-1].position
-                positions.append(torch.arange(position, position + len(row.tokens), device=self.device))
+                positions += range(position, position + len(row.tokens))
                 ids += row.tokens
                 lengths += [row.sequence.context.tokens] * len(row.tokens)
                 first = len(ids) - (len(row.tokens) if row.place in scored else 1)
                 wanted[row.place] = list(range(first, len(ids)))
             contexts.append(ContextRows(start, len(ids), of_context[0].sequence.context.cache, tuple(sequences)))
-        position_ids = torch.cat(positions)
-        input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, lengths))
+        # One copy to the device: each waits for the host, and a small kernel takes as long to start as a large one.
+        input_ids, position_ids, context_tokens = torch.tensor([ids, positions, lengths], device=self.device)
         last = [row for of_sequence in wanted for row in of_sequence]
         with self._step(DecodeStep(tuple(contexts)), position_ids):
             logits = self.stage.decode(input_ids, position_ids, context_tokens, last)
@@ -206,11 +206,12 @@ class Engine:
         Args:
             chosen: on the replica's first rank; the others may give None.
         """
+        if chosen is not None and self.groups.replica.size() == 1:
+            return list(chosen)
         choices = torch.zeros(count, 2, dtype=torch.int64, device=self.device)
         if chosen is not None:
             choices.copy_(torch.tensor([[token, int(ended)] for token, ended in chosen]))
-        if self.groups.replica.size() > 1:
-            dist.broadcast(choices, group=self.groups.replica, group_src=0)
+        dist.broadcast(choices, group=self.groups.replica, group_src=0)
         return [(token, bool(ended)) for token, ended in choices.tolist()]
 
     def _sequence_rows(self, sequence: Sequence, start: int, tokens: int) -> SequenceRows:
@@ -224,7 +225,9 @@ class Engine:
             first = position - self.stage.window + 1
             of_context = block_spans_backwards(sequence.context.partition.ranks[rank])
             held = (of_context, sequence.own_spans_backwards(rank))
-            near = Near(*(torch.tensor(positions_from(spans, first), device=self.device) for spans in held))
+            # A single token sees all of them: attention then asks for their number only, and nothing is copied.
+            device = self.device if tokens > 1 else None
+            near = Near(*(positions_from(spans, first).to(device) for spans in held))
         return SequenceRows(start, start + tokens, sequence.cache, caches_own, position, near)
 
     @contextmanager
