@@ -24,6 +24,7 @@ from nemo_star.engine.scheduler import ContextWork, Question, Scheduler
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
+from nemo_star.models.torch_linears import check_torch_linears
 from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_every_rank, on_first_rank
 from nemo_star.parallel.layout import check_layout, plan_layout
@@ -66,6 +67,8 @@ class OpenedModel:
             self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
             self.device = initialize()
             check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
+            if config.decode.torch_linears:
+                check_torch_linears(self.device, getattr(torch, dtype_name(config, self.device)))
             self.groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
             self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
             self._exits = exits.pop_all()
