@@ -12,6 +12,7 @@ from nemo_star.checkpoint.description import CheckpointDescription
 from nemo_star.checkpoint.load import load_weights
 from nemo_star.config.llm import DecodeConfig, LLMConfig
 from nemo_star.engine.engine import Engine
+from nemo_star.engine.graphs import StepGraphs, cuda_step_graphs
 from nemo_star.kernels.registry import get_kernel
 from nemo_star.kernels.settle import Heads, settle
 from nemo_star.methods.config import AttentionConfig
@@ -122,7 +123,10 @@ def engine_around(
         sequence_parallel=sequence_parallel,
     )
     _settle_kernels(state, stage)
-    return Engine(stage, state, groups)
+    engine = Engine(stage, state, groups)
+    if decode.cuda_graph:
+        engine.graphs = StepGraphs(engine, cuda_step_graphs())
+    return engine
 
 
 @torch.inference_mode()
