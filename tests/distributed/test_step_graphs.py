@@ -5,6 +5,8 @@ import json
 import pytest
 from launch import ROOT, torchrun
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report(tiny):

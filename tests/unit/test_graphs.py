@@ -66,11 +66,11 @@ def plainly(engine, *arguments, **keywords):
 def test_replayed_steps_are_the_plain_path(recording, queries):
     engine, made = recording
     context = engine.encode(CONTEXT)
-    expected_tokens, expected = plainly(engine, context, queries, 40)
-    tokens, logits = answers(engine, context, queries, 40)
+    expected_tokens, expected = plainly(engine, context, queries, 24)
+    tokens, logits = answers(engine, context, queries, 24)
     assert tokens == expected_tokens
     assert (logits - expected).abs().max() <= TOLERANCE
-    assert [step.replays for step in made] == [38]  # the query, and the first token, run as they are
+    assert [step.replays for step in made] == [22]  # the query, and the first token, run as they are
 
 
 def test_more_own_tokens_than_a_step_looks_at_are_recorded_anew(recording, monkeypatch):
@@ -80,10 +80,10 @@ def test_more_own_tokens_than_a_step_looks_at_are_recorded_anew(recording, monke
     context = engine.encode(CONTEXT)
     fits = [engine.sequence(context, max_tokens=100)]
     grows = [engine.sequence(context)]
-    expected_tokens, expected = plainly(engine, context, [[3, 4, 5]], 60)
-    for sequences, recorded in ((fits, 4), (grows, 6)):
+    expected_tokens, expected = plainly(engine, context, [[3, 4, 5]], 36)
+    for sequences, recorded in ((fits, 4), (grows, 5)):
         made.clear()
-        tokens, logits = answers(engine, context, [[3, 4, 5]], 60, sequences)
+        tokens, logits = answers(engine, context, [[3, 4, 5]], 36, sequences)
         assert tokens == expected_tokens
         assert (logits - expected).abs().max() <= TOLERANCE
         assert len(made) == recorded, [step.replays for step in made]

@@ -63,8 +63,11 @@ def case(checkpoint, name, implementation="local", **parallel):
         "replays": [step.replays for step in made],
         "own_tokens": held,
         "torch_linears": sum(isinstance(module, TorchLinear) for module in engine.stage.model.modules()),
-        "summed": sum(getattr(module, "tp_group", None) is not None for module in engine.stage.model.modules()
-                      if isinstance(module, TorchLinear)),
+        "summed": sum(
+            getattr(module, "tp_group", None) is not None
+            for module in engine.stage.model.modules()
+            if isinstance(module, TorchLinear)
+        ),
     }
 
 
