@@ -124,6 +124,29 @@ def test_sequences_come_go_and_go_on(recording):
     assert sum(step.replays for step in made) == 13
 
 
+def test_a_turn_that_outgrows_the_buffers_moves_what_comes_after(recording, monkeypatch):
+    """The cache then lies elsewhere, also after it was rolled back: tokens written to the old place would be lost."""
+
+    def story(engine, context):
+        sequence = engine.sequence(context)
+        steps = [[3, 4], [5], [6], [7], list(range(20)), [8], [9], [10], [11, 12]]
+        logits = []
+        for number, tokens in enumerate(steps):
+            if number == 5:
+                engine.truncate(sequence, 5)
+            logits.append(engine.decode([(sequence, tokens)]))
+        return torch.cat(logits)
+
+    monkeypatch.setattr(graphs, "MIN_ROOM", 4)
+    engine, made = recording
+    context = engine.encode(CONTEXT)
+    recorder, engine.graphs = engine.graphs, None
+    expected = story(engine, context)
+    engine.graphs = recorder
+    assert (story(engine, context) - expected).abs().max() <= TOLERANCE
+    assert [step.replays for step in made] == [2, 2]
+
+
 def test_the_logits_of_a_step_stay_what_they_are(recording):
     engine, _ = recording
     sequence = engine.sequence(engine.encode(CONTEXT))
