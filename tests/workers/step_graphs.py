@@ -19,7 +19,7 @@ from nemo_star.llm.front import LLM  # noqa: E402
 from nemo_star.models import build as model_module  # noqa: E402
 from nemo_star.models.torch_linears import TorchLinear, install_torch_linears  # noqa: E402
 
-CONTEXT = [(7 * i * i + 3 * i) % 251 for i in range(120)]
+CONTEXT = [(7 * i * i + 3 * i) % 251 for i in range(128)]  # as many on each of two ranks: tokens are dealt by turns
 STEPS = 12
 
 
