@@ -8,7 +8,7 @@ rotary embedding, so a cached key never depends on where it lies in the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,11 @@ class KVCache:
         return max((layer.given for layer in self._layers.values()), default=0)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that were planned for."""
+        return self._capacity
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens that all layers hold."""
         return sum(layer.tokens * 2 * layer.k[0].nbytes for layer in self._layers.values() if layer.tokens)
@@ -99,6 +104,20 @@ class KVCache:
         if layer is None or layer.tokens == 0:
             return None
         return layer.k[: layer.tokens], layer.v[: layer.tokens]
+
+    def move(self, buffers: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Hold the same in other buffers from now on: k and v of these layers, each [capacity, b, ng, hn]."""
+        for number, (k, v) in buffers.items():
+            layer = self._layers.get(number, _Layer(k, v))
+            k[: layer.tokens].copy_(layer.k[: layer.tokens])
+            v[: layer.tokens].copy_(layer.v[: layer.tokens])
+            self._layers[number] = _Layer(k, v, layer.tokens, layer.given)
+
+    def count(self, tokens: int) -> None:
+        """So many more have been written behind what all layers hold, by whoever has the buffers."""
+        for layer in self._layers.values():
+            layer.tokens += tokens
+            layer.given += tokens
 
     def truncate(self, tokens: int) -> None:
         """Roll back to the first `tokens` tokens of every layer."""

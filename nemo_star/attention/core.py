@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor, nn
 
 from nemo_star.attention.cache import KVCache, KVShape
+from nemo_star.attention.fixed import FixedStep
 from nemo_star.attention.merge import merge_over_group
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.kernels.math import attend_at
@@ -163,6 +164,8 @@ class CoreAttention(nn.Module):
         """Attend to every cached token of the context on every cp rank, and causally to the sequence's own (paper
         section 2.2). Returns [sq, b, np, hn]."""
         over_context, over_own = [], []
+        if isinstance(step, FixedStep):
+            over_own.append(step.attend_own(self.layer_number, q, k, v, self.scale))
         for together in step.contexts:
             for rows in together.sequences:
                 mine = slice(rows.start, rows.stop)

@@ -49,7 +49,7 @@ class PrefillStep:
 @dataclass(frozen=True)
 class Near:
     """Positions [keys] int64, ascending, of the last keys of a cache: those within the window of a step's first token.
-    Later tokens of the step see no further back."""
+    Later tokens of the step see no further back. Of a step of one token only their number is read: they stay on CPU."""
 
     context: torch.Tensor
     own: torch.Tensor

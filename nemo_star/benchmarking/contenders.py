@@ -18,10 +18,12 @@ import torch.distributed as dist
 from nemo_star.benchmarking.probe import time_cache_reads
 from nemo_star.config.benchmark import TRANSFORMERS, BenchmarkConfig
 from nemo_star.config.compare import Candidate
+from nemo_star.config.llm import DecodeConfig
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
+from nemo_star.engine.graphs import check_graphs
 from nemo_star.kernels.merge import merge_with_sinks
 from nemo_star.kernels.registry import get_merge
 from nemo_star.kernels.settle import names
@@ -30,6 +32,7 @@ from nemo_star.methods.dense import Dense
 from nemo_star.methods.method import Method
 from nemo_star.models.build import build_model
 from nemo_star.models.rotary import build_rotary, build_windowed_rotary
+from nemo_star.models.torch_linears import check_torch_linears
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices, weight_elements_read
 from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import Groups
@@ -180,8 +183,13 @@ def build_contenders(
         layout = place[0]
         check_layout(model, layout, method)
         check_experts(model, layout, sequence_parallel=config.parallel.sequence_parallel)
-        decode = candidate.decode or config.parallel.decode
-        sliced = sliced_matrices(decode, model, layout, itemsize=dtype.itemsize, device_type=device.type)
+        divides = candidate.decode or config.parallel.decode
+        sliced = sliced_matrices(divides, model, layout, itemsize=dtype.itemsize, device_type=device.type)
+        steps = DecodeConfig(torch_linears=candidate.torch_linears, cuda_graph=candidate.cuda_graph)
+        if steps.cuda_graph:
+            check_graphs(model, layout, device.type)
+        if steps.torch_linears:
+            check_torch_linears(device, dtype)
         engine = None
         if method.shares_context or dist.get_rank() == 0:
             divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
@@ -194,6 +202,7 @@ def build_contenders(
                 device=device,
                 sliced=sliced,
                 sequence_parallel=divided,
+                decode=steps,
             )
             if merge is merge_with_sinks:  # else the engine has taken what runs
                 engine.state.merge = merge
@@ -215,6 +224,7 @@ def _engine(
     device: torch.device,
     sliced: frozenset[Sliced],
     sequence_parallel: bool,
+    decode: DecodeConfig,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
     (layout, groups), (dtype, cache_dtype) = place, types
@@ -237,6 +247,7 @@ def _engine(
         vocab_size=model.vocab_size,
         sliced=sliced,
         sequence_parallel=sequence_parallel,
+        decode=decode,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemo_star.config.compare import Candidate
+from nemo_star.config.compare import OPTIONS, Candidate
 from nemo_star.config.llm import CacheConfig
 from nemo_star.config.model import ModelConfig
 from nemo_star.config.parallel import ParallelConfig
@@ -41,7 +41,8 @@ class BenchmarkConfig:
     model: ModelConfig
     compare: tuple[str, ...]
     """What runs in turn: METHOD[:VARIANT][+decode:replicated|sharded], e.g. star:shared, ring; dense and transformers
-    (Hugging Face's generate) run on rank 0 with all cores."""
+    (Hugging Face's generate) run on rank 0 with all cores. On GPUs also +steps:graph (decode.cuda_graph) and
+    +linears:torch (decode.torch_linears), e.g. star:shared+steps:graph+linears:torch."""
     output: str | None = None
     """JSON file of rows: medians, FLOPs, memory, commit, machine."""
     context_tokens: tuple[int, ...] = (4096, 16384)
@@ -83,4 +84,4 @@ class BenchmarkConfig:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        return tuple(Candidate.parse(word, others=(TRANSFORMERS,)) for word in self.compare)
+        return tuple(Candidate.parse(word, others=(TRANSFORMERS,), options=tuple(OPTIONS)) for word in self.compare)

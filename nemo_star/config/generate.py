@@ -117,6 +117,10 @@ class GenerateConfig(LLMConfig):
             self._check_interactive()
         if self.debug.dump is not None and self.parallel.sequence_parallel:
             raise ValueError("debug.dump needs whole hidden states: parallel.sequence_parallel=false")
+        if self.debug.dump is not None and self.decode.cuda_graph:
+            raise ValueError(
+                "debug.dump reads each layer's output, which a CUDA graph does not show: decode.cuda_graph=false"
+            )
 
     def _check_interactive(self) -> None:
         beside = ("query", "query_file", "input", "output", "output_logits")

@@ -39,6 +39,17 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How a decode step gets to a GPU, which waits for the host; what it computes stays the same. Not measured."""
+
+    torch_linears: bool = False
+    """Transformer Engine's linear layers and norms through torch's functions, which take less of the host."""
+    cuda_graph: bool = False
+    """Record a step of one token of each sequence as a CUDA graph, and replay it while the same sequences go on. Not
+    with pipeline parallelism, experts or windowed layers."""
+
+
+@dataclass(frozen=True)
 class LLMConfig:
     """What `LLM` takes, and the keys that every tool with a checkpoint has."""
 
@@ -57,6 +68,7 @@ class LLMConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

@@ -10,8 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from nemo_star.attention.step import AttentionState
 from nemo_star.checkpoint.description import CheckpointDescription
 from nemo_star.checkpoint.load import load_weights
-from nemo_star.config.llm import LLMConfig
+from nemo_star.config.llm import DecodeConfig, LLMConfig
 from nemo_star.engine.engine import Engine
+from nemo_star.engine.graphs import StepGraphs, cuda_step_graphs
 from nemo_star.kernels.registry import get_kernel, get_merge
 from nemo_star.kernels.settle import Heads, settle, settle_merge
 from nemo_star.kernels.stored import computed_type, stored_type
@@ -21,6 +22,7 @@ from nemo_star.models.build import build_model
 from nemo_star.models.decode_sharding import install
 from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary, build_windowed_rotary
 from nemo_star.models.stage import Stage
+from nemo_star.models.torch_linears import install_torch_linears
 from nemo_star.parallel.decode_slices import Sliced, sliced_matrices
 from nemo_star.parallel.groups import Groups
 from nemo_star.runtime.launch import warn
@@ -53,6 +55,7 @@ def build_engine(config: LLMConfig, description: CheckpointDescription, groups: 
         vocab_size=shape.vocab_size,
         sliced=sliced,
         sequence_parallel=config.parallel.sequence_parallel,
+        decode=config.decode,
     )
 
 
@@ -97,6 +100,7 @@ def engine_around(
     vocab_size: int,
     sliced: frozenset[Sliced] = frozenset({"ffn", "head"}),
     sequence_parallel: bool = False,
+    decode: DecodeConfig | None = None,
 ) -> Engine:
     """An engine around a GPTModel, weights loaded, whose layers come from `star_layer_spec(config, state)`.
 
@@ -106,8 +110,12 @@ def engine_around(
         vocab_size: true size, without rows that pad it to tp.
         sliced: what cp ranks divide of a token's work, where `state` says that they do.
         sequence_parallel: hidden states of context blocks divided over tp ranks.
+        decode: how a decode step gets to the device; None: as it is by default.
     """
     install(model, state, sliced)
+    decode = decode or DecodeConfig()
+    if decode.torch_linears:
+        install_torch_linears(model, state)
     stage = Stage(
         model,
         rotary,
@@ -118,7 +126,10 @@ def engine_around(
         sequence_parallel=sequence_parallel,
     )
     _settle_kernels(state, stage)
-    return Engine(stage, state, groups)
+    engine = Engine(stage, state, groups)
+    if decode.cuda_graph:
+        engine.graphs = StepGraphs(engine, cuda_step_graphs())
+    return engine
 
 
 @torch.inference_mode()

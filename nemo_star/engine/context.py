@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
@@ -114,14 +115,15 @@ class Sequence:
         return (span for owner, span in reversed(self.runs) if owner == cp_rank)
 
 
-def positions_from(backwards: Iterator[Span], first: int) -> list[int]:
-    """Those of the positions that are `first` or later, in order; the spans come with the last ones first."""
-    found: list[int] = []
+def positions_from(backwards: Iterator[Span], first: int) -> Tensor:
+    """[found] int64 on CPU: those of the positions that are `first` or later, in order; the spans come with the last
+    ones first."""
+    found: list[Tensor] = []
     for start, stop in backwards:
         if stop <= first:
             break
-        found[:0] = range(max(start, first), stop)
-    return found
+        found.append(torch.arange(max(start, first), stop))
+    return torch.cat(found[::-1]) if found else torch.empty(0, dtype=torch.int64)
 
 
 def block_spans_backwards(blocks: tuple[Block, ...]) -> Iterator[Span]:

@@ -16,6 +16,7 @@ from nemo_star.attention.socket import attention_class
 from nemo_star.attention.step import AttentionState, ContextRows, DecodeStep, Near, PrefillStep, SequenceRows
 from nemo_star.engine.context import EncodedContext, Sequence, block_spans_backwards, positions_from
 from nemo_star.engine.encoding import BlockEncoding, Encoding, GoingOn
+from nemo_star.engine.graphs import StepGraphs
 from nemo_star.kernels.settle import names
 from nemo_star.kernels.stored import told
 from nemo_star.methods.method import Method
@@ -61,6 +62,8 @@ class Engine:
         self.groups = groups
         self.method = state.method
         self.device, self.dtype = stage.device, stage.dtype
+        self.graphs: StepGraphs | None = None
+        """Where decode steps that come again are recorded."""
 
     def describe(self) -> str:
         """How it computes, for a person."""
@@ -68,7 +71,8 @@ class Engine:
         over = f", decode {decode}" if self.groups.cp.size() > 1 else ""
         kernels, stored = names(self.state.kernel, self.state.decode_kernel), self.state.cache_dtype
         kv = "" if stored == self.dtype else f", K/V in {told(self.state.decode_kernel, stored)}"
-        return f"kernel {kernels}, {str(self.dtype).removeprefix('torch.')}{kv}{over}"
+        graphs = "" if self.graphs is None else ", decode steps recorded"
+        return f"kernel {kernels}, {str(self.dtype).removeprefix('torch.')}{kv}{over}{graphs}"
 
     def begin(self, context_ids: Ids[int] | Tensor) -> Encoding:
         """Phase 1, step by step: the K/V of a context. Ranks exchange nothing but what their attention needs.
@@ -155,12 +159,18 @@ class Engine:
             order of the batch; on the replica's first rank.
         """
         rows = [_Row(place, sequence, list(tokens)) for place, (sequence, tokens) in enumerate(batch)]
+        if self.graphs is not None:
+            next_tokens = [(row.sequence, row.tokens) for row in rows]
+            if self.state.observer is None and not scored and self.graphs.takes(next_tokens):
+                after = self.graphs.step(next_tokens)
+                return after if self.groups.replica.rank() == 0 else None
+            self.graphs.forget(row.sequence for row in rows)
         together: dict[int, list[_Row]] = {}
         for row in rows:
             together.setdefault(id(row.sequence.context), []).append(row)
         ids: list[int] = []
+        positions: list[int] = []
         lengths: list[int] = []
-        positions: list[Tensor] = []
         wanted: list[list[int]] = [[]] * len(rows)
         contexts = []
         for of_context in together.values():
@@ -168,20 +178,29 @@ class Engine:
             for row in of_context:
                 sequences.append(self._sequence_rows(row.sequence, len(ids), len(row.tokens)))
                 position = sequences[-1].position
-                positions.append(torch.arange(position, position + len(row.tokens), device=self.device))
+                positions += range(position, position + len(row.tokens))
                 ids += row.tokens
                 lengths += [row.sequence.context.tokens] * len(row.tokens)
                 first = len(ids) - (len(row.tokens) if row.place in scored else 1)
                 wanted[row.place] = list(range(first, len(ids)))
             contexts.append(ContextRows(start, len(ids), of_context[0].sequence.context.cache, tuple(sequences)))
-        position_ids = torch.cat(positions)
-        input_ids, context_tokens = (torch.tensor(values, device=self.device) for values in (ids, lengths))
+        # One copy to the device: each waits for the host, and a small kernel takes as long to start as a large one.
+        inputs = torch.tensor([ids, positions, lengths], device=self.device)
         last = [row for of_sequence in wanted for row in of_sequence]
-        with self._step(DecodeStep(tuple(contexts)), position_ids):
-            logits = self.stage.decode(input_ids, position_ids, context_tokens, last)
+        logits = self.forward(DecodeStep(tuple(contexts)), inputs, last)
         if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0 and (self.stage.is_first or self.stage.is_last):
             logits = self.stage.logits_to_first(logits, len(last))
         return logits if self.groups.replica.rank() == 0 else None
+
+    def forward(self, step: DecodeStep, inputs: Tensor, wanted: list[int]) -> Tensor | None:
+        """One pass of the stage in decode: logits [len(wanted), vocab] float32 after these rows; on the last stage.
+
+        Args:
+            inputs: [3, s] int64: ids, positions, lengths of the contexts that they hang on.
+        """
+        input_ids, position_ids, context_tokens = inputs
+        with self._step(step, position_ids):
+            return self.stage.decode(input_ids, position_ids, context_tokens, wanted)
 
     def generate(
         self, context: EncodedContext, query_ids: Ids[int], *, max_tokens: int, choose: Choose | None
@@ -208,26 +227,33 @@ class Engine:
         Args:
             chosen: on the replica's first rank; the others may give None.
         """
+        if chosen is not None and self.groups.replica.size() == 1:
+            return list(chosen)
         choices = torch.zeros(count, 2, dtype=torch.int64, device=self.device)
         if chosen is not None:
             choices.copy_(torch.tensor([[token, int(ended)] for token, ended in chosen]))
-        if self.groups.replica.size() > 1:
-            dist.broadcast(choices, group=self.groups.replica, group_src=0)
+        dist.broadcast(choices, group=self.groups.replica, group_src=0)
         return [(token, bool(ended)) for token, ended in choices.tolist()]
 
     def _sequence_rows(self, sequence: Sequence, start: int, tokens: int) -> SequenceRows:
         """The next tokens of a sequence, in rows from `start` on; their K/V go to the rank that holds least."""
-        if sequence.revision != sequence.context.revision:
-            raise ValueError("the context has gone on since this sequence began: begin another one on it")
         position, rank = sequence.position, self.groups.cp.rank()
-        caches_own = sequence.deal(tokens) == rank
+        caches_own = self.deal(sequence, tokens) == rank
         near = None
         if self.stage.window is not None:
             first = position - self.stage.window + 1
             of_context = block_spans_backwards(sequence.context.partition.ranks[rank])
             held = (of_context, sequence.own_spans_backwards(rank))
-            near = Near(*(torch.tensor(positions_from(spans, first), device=self.device) for spans in held))
+            # A single token sees all of them: attention then asks for their number only, and nothing is copied.
+            device = self.device if tokens > 1 else None
+            near = Near(*(positions_from(spans, first).to(device) for spans in held))
         return SequenceRows(start, start + tokens, sequence.cache, caches_own, position, near)
+
+    def deal(self, sequence: Sequence, tokens: int) -> int:
+        """The cp rank that the next tokens of a sequence go to."""
+        if sequence.revision != sequence.context.revision:
+            raise ValueError("the context has gone on since this sequence began: begin another one on it")
+        return sequence.deal(tokens)
 
     @contextmanager
     def _step(self, step: PrefillStep | DecodeStep, positions: Tensor) -> Iterator[None]:

@@ -32,6 +32,9 @@ from torch import Tensor
 from nemo_star.kernels.torch_flash import FlashKernel
 from nemo_star.kernels.two_parts import decode_by_parts
 
+KEPT_OFFSETS = 64
+"""Pairs of batch and length whose offsets are kept: those of a step, and of the steps before."""
+
 
 class TEKernel:
     """Float16 or bfloat16 on CUDA; grouped queries; head dimensions in multiples of 8, to 128 (on Hopper to 256)."""
@@ -40,6 +43,7 @@ class TEKernel:
 
     def __init__(self) -> None:
         self._modules: dict[tuple[int, int, int, float], Any] = {}
+        self._offsets: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
         attention = self._module(q.shape[2], k.shape[2], q.shape[3], scale)
@@ -54,7 +58,7 @@ class TEKernel:
     ) -> tuple[Tensor, Tensor]:
         if window is not None:  # torch's kernel gives the log-sum-exp within a window, without parts to merge
             return FlashKernel().decode(q, k, v, scale, causal, window)
-        return decode_by_parts(_fused_attention, q, k, v, scale, causal=causal)
+        return decode_by_parts(self._fused_attention, q, k, v, scale, causal=causal)
 
     def _module(self, heads: int, groups: int, channels: int, scale: float) -> Any:
         """The DotProductAttention for these sizes; it has no weights, so all layers share it."""
@@ -75,6 +79,41 @@ class TEKernel:
             ).eval()
         return self._modules[key]
 
+    def _fused_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        """out [sq, b, np, hn] of q's type, lse [sq, b, np] float32; sq == sk where causal."""
+        from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_fwd
+
+        sq, b = q.shape[:2]
+        sk = k.shape[0]
+        out, aux, *_ = fused_attn_fwd(
+            is_training=False,
+            max_seqlen_q=sq,
+            max_seqlen_kv=sk,
+            cu_seqlens_q=self._offsets_of(b, sq, q.device),
+            cu_seqlens_kv=self._offsets_of(b, sk, q.device),
+            q=q.contiguous(),
+            k=k.contiguous(),
+            v=v.contiguous(),
+            fake_dtype=q.dtype,
+            fused_attention_backend=FusedAttnBackend["F16_arbitrary_seqlen"],  # a dict at first, an enum later
+            attn_scale=scale,
+            dropout=0.0,
+            qkv_layout="sbhd_sbhd_sbhd",
+            attn_bias_type="no_bias",
+            attn_mask_type="causal" if causal else "no_mask",
+            window_size=(-1, 0) if causal else (-1, -1),
+        )
+        return out.view(q.shape), aux[0].view(b, q.shape[2], sq).permute(2, 0, 1)
+
+    def _offsets_of(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Where each sequence of a batch starts, and the last ends: [b + 1] int32; made once for all layers."""
+        key = (batch, length, device)
+        if key not in self._offsets:
+            if len(self._offsets) >= KEPT_OFFSETS:
+                self._offsets.clear()
+            self._offsets[key] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+        return self._offsets[key]
+
 
 @contextmanager
 def _never_unfused() -> Iterator[None]:
@@ -89,35 +128,3 @@ def _never_unfused() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out [sq, b, np, hn] of q's type, lse [sq, b, np] float32; sq == sk where causal."""
-    from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_fwd
-
-    sq, b = q.shape[:2]
-    sk = k.shape[0]
-    out, aux, *_ = fused_attn_fwd(
-        is_training=False,
-        max_seqlen_q=sq,
-        max_seqlen_kv=sk,
-        cu_seqlens_q=_offsets(b, sq, q.device),
-        cu_seqlens_kv=_offsets(b, sk, q.device),
-        q=q.contiguous(),
-        k=k.contiguous(),
-        v=v.contiguous(),
-        fake_dtype=q.dtype,
-        fused_attention_backend=FusedAttnBackend["F16_arbitrary_seqlen"],  # a dict at first, an enum later
-        attn_scale=scale,
-        dropout=0.0,
-        qkv_layout="sbhd_sbhd_sbhd",
-        attn_bias_type="no_bias",
-        attn_mask_type="causal" if causal else "no_mask",
-        window_size=(-1, 0) if causal else (-1, -1),
-    )
-    return out.view(q.shape), aux[0].view(b, q.shape[2], sq).permute(2, 0, 1)
-
-
-def _offsets(batch: int, length: int, device: torch.device) -> Tensor:
-    """Where each sequence of a batch starts, and the last ends: [b + 1] int32."""
-    return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)

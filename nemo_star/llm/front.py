@@ -41,7 +41,7 @@ class LLM(OpenedModel):
             into `cache_dir` (None: ~/.cache/nemo_star).
         dtype: float32, bfloat16 or float16, which the model computes in; None: float32 on CPU, bfloat16 on GPU.
         verify: compare the weight files with their checksums before loading, which reads them once more.
-        attention, parallel, cache: a recipe's groups, with its keys; what is left out has the recipes' defaults.
+        attention, parallel, cache, decode: a recipe's groups, with its keys; what is left out has their defaults.
         chat_template: wrap contexts and queries as the tokenizer's chat template says.
         chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
         max_batch_size: answers that decode together.
@@ -58,6 +58,7 @@ class LLM(OpenedModel):
         attention: Mapping[str, Any] | None = None,
         parallel: Mapping[str, Any] | None = None,
         cache: Mapping[str, Any] | None = None,
+        decode: Mapping[str, Any] | None = None,
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_batch_size: int = MAX_BATCH_SIZE,
@@ -77,6 +78,7 @@ class LLM(OpenedModel):
             "attention": attention or {},
             "parallel": parallel or {},
             "cache": cache or {},
+            "decode": decode or {},
         }
         self._open(parse(LLMConfig, values), free_memory)
         self.load_weights()

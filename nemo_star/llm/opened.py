@@ -20,11 +20,13 @@ from nemo_star.contexts.store import ContextStore
 from nemo_star.engine.build import build_engine, dtype_name
 from nemo_star.engine.context import Sequence as SequenceOfTokens
 from nemo_star.engine.engine import Engine
+from nemo_star.engine.graphs import check_graphs
 from nemo_star.engine.scheduler import ContextWork, Question, Scheduler
 from nemo_star.kernels.stored import stored_type
 from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.sequence_parallel import check_sequence_parallel
+from nemo_star.models.torch_linears import check_torch_linears
 from nemo_star.parallel.experts import check_experts
 from nemo_star.parallel.groups import create_groups, gather_objects, initialize, on_every_rank, on_first_rank
 from nemo_star.parallel.layout import check_layout, plan_layout
@@ -69,6 +71,8 @@ class OpenedModel:
             self.watchdog = exits.enter_context(watchdog_of_this_job(config.parallel.timeout_minutes))
             self.device = initialize()
             check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
+            if config.decode.torch_linears:
+                check_torch_linears(self.device, getattr(torch, dtype_name(config, self.device)))
             self.groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
             self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
             self._exits = exits.pop_all()
@@ -81,6 +85,8 @@ class OpenedModel:
             require_checksums(self._place.converted, self.description)
         self.method = method_of(self.config.attention, windows=self.description.model.needs_windows)
         check_layout(self.description.model, self.groups.layout, self.method)
+        if self.config.decode.cuda_graph:
+            check_graphs(self.description.model, self.groups.layout, self.device.type)
         divides_sequence = self.config.parallel.sequence_parallel
         check_experts(self.description.model, self.groups.layout, sequence_parallel=divides_sequence)
         work = Workload(
@@ -104,6 +110,8 @@ class OpenedModel:
             self._prepare_checkpoint()
             self.engine = build_engine(self.config, self.description, self.groups, self.device)
         self.watchdog.watch_layers(self.engine.stage.model.decoder.layers, self.device)
+        if self.engine.graphs is not None:
+            self.engine.graphs.on_step = lambda: self.watchdog.passed("a decode step", self.device)
 
     def _prepare_checkpoint(self) -> None:
         """What has to be converted or verified is, by the ranks of each machine for themselves."""

@@ -111,7 +111,7 @@ class Stage:
         """
         hidden = self._layers(input_ids, position_ids, context_tokens)
         if self.is_last:
-            return self._head(hidden[wanted])
+            return self._head(_rows(hidden, wanted))
         self._send_on(hidden)
         return None
 
@@ -224,6 +224,12 @@ class Stage:
         if self._sending is not None:
             self._sending[0].wait()
         self._sending = None
+
+
+def _rows(hidden: Tensor, wanted: list[int]) -> Tensor:
+    """hidden[wanted], as a view where these rows lie together: a list of them would go to the device as a tensor."""
+    first, last = wanted[0], wanted[-1]
+    return hidden[first : last + 1] if wanted == list(range(first, last + 1)) else hidden[wanted]
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:

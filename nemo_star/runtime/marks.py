@@ -20,8 +20,9 @@ class Mark(Protocol):
 
 
 def mark(device: torch.device) -> Mark | None:
-    """A mark after all that was given to the device so far; None where nothing waits (CPU)."""
-    if device.type != "cuda":
+    """A mark after all that was given to the device so far; None where nothing waits (CPU), or all of it is only being
+    recorded (a CUDA graph, in which an event could not be asked)."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

@@ -94,10 +94,12 @@ class Watchdog:
         if self._connect is None:
             return
         for number, layer in enumerate(layers, start=1):
-            layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self._passed(place, device))
+            layer.register_forward_hook(lambda *_, place=f"layer {number} of its stage": self.passed(place, device))
 
-    def _passed(self, place: str, device: torch.device) -> None:
-        """A layer was called."""
+    def passed(self, place: str, device: torch.device) -> None:
+        """A layer was called, or something else that ends at `place` was given to the device."""
+        if self._connect is None:
+            return
         mark_after = mark(device)
         if mark_after is None:
             self.step(place)

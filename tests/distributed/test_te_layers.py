@@ -51,7 +51,15 @@ def test_long_blocks_are_rotated_in_pieces(report):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_family_computes_the_same_in_both(report, case):
-    assert report["families"][case] <= 5e-4
+    difference, difference_by_torch, called = report["families"][case]
+    assert difference <= 5e-4
+    assert difference_by_torch <= 5e-4
+    assert called == []
+
+
+def test_decode_calls_transformer_engine_s_layers_unless_told_otherwise(report):
+    """Else the test above would compare them with themselves."""
+    assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "RMSNorm"} <= set(report["called in decode"])
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from golden import CASES, FEW, TOLERANCE, check, run_cases, settings
-from launch import ROOT, generate_many, torchrun, write_jsonl
+from launch import ROOT, generate_many, read_jsonl, torchrun, write_jsonl
 from oracle import reference
 from safetensors.torch import load_file
 
@@ -218,7 +218,8 @@ def test_blocks_above_the_rotary_overflow(te_package, name, tokens):
 
 @pytest.mark.gpu
 def test_recorded_answers_on_one_gpu(tiny, tmp_path, golden_logits):
-    """Star, recomputed anchors, dense through tools/generate.py with NCCL: float32, as on CPU."""
+    """Star, recomputed anchors, dense through tools/generate.py with NCCL: float32, as on CPU; the same with decode
+    steps as CUDA graphs."""
     exact = ["attention.kernel=math", "dtype=float32"]
     runs = [("star", {}), ("recompute", {"anchor": "recompute"})]
     star = [case for case in CASES if case["id"] in FEW]
@@ -229,9 +230,31 @@ def test_recorded_answers_on_one_gpu(tiny, tmp_path, golden_logits):
         for case in star
     ]
     labelled += [(case["id"], settings(case, (1, 1, 1)) + exact, case) for case in dense]
+    graph = [*exact, "decode.cuda_graph=true"]
+    labelled += [(f"{case['id']}:graph", settings(case, (1, 1, 1)) + graph, case) for case in star]
     answers = run_cases(1, labelled, tiny, tmp_path, gpu=True)
     for label, _, case in labelled:
         check(answers[label], case, golden_logits)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_plain_path_s_tokens(demo, tmp_path):
+    """Six questions decode together in bfloat16, by torch's flash attention: answers end one by one, so that several
+    sets of sequences are recorded."""
+    query = "The special magic number for easy-canyon mentioned in the provided text is"
+    context = (ROOT / "assets/demo_document.txt").read_text()
+    queries = [query, query + " 2", query.replace("easy-canyon", "nowhere"), "The", "The special", "magic number"]
+    rows = [{"id": str(i), "context": context, "query": text} for i, text in enumerate(queries)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    common = [f"checkpoint={demo}", f"input={source}", "attention.kernel=flash", "dtype=bfloat16"]
+    common += ["inference.tokens_to_generate=48"]
+    outputs = {name: tmp_path / f"{name}.jsonl" for name in ("plain", "graph")}
+    runs = [[*common, f"output={outputs['plain']}"], [*common, f"output={outputs['graph']}", "decode.cuda_graph=true"]]
+    results = generate_many(1, runs, tmp_path, gpu=True)
+    assert [result["code"] for result in results] == [0, 0], results
+    assert "decode steps recorded" in results[1]["stderr"]
+    plain, graph = ([line["token_ids"] for line in read_jsonl(path)] for path in outputs.values())
+    assert graph == plain
 
 
 @pytest.mark.gpu
@@ -261,22 +284,28 @@ def test_transformer_engine_layers_and_megatrons_own_agree(tiny, tmp_path, golde
     (hidden / "transformer_engine").mkdir(parents=True)
     (hidden / "transformer_engine/__init__.py").write_text("raise ImportError('left out by a test')")
     errors = {}
-    for kernel, packages in (("prefill te, decode flash", None), ("flash", hidden)):
-        folder = tmp_path / kernel[:10].replace(" ", "_")
+    by_torch = ["decode.torch_linears=true"]
+    for name, packages, more in (("te", None, []), ("te-linears", None, by_torch), ("flash", hidden, [])):
+        folder = tmp_path / name
         folder.mkdir()
-        errors[kernel] = first_token_errors(tiny, folder, kernel, packages, golden_logits)
-    assert errors["prefill te, decode flash"] <= max(2 * errors["flash"], 1e-2), errors
+        kernel = "flash" if packages else "prefill te, decode flash"
+        errors[name] = first_token_errors(tiny, folder, kernel, packages, golden_logits, more)
+    assert max(errors["te"], errors["te-linears"]) <= max(2 * errors["flash"], 1e-2), errors
 
 
-def first_token_errors(checkpoint, folder, kernel, packages, golden_logits):
-    """Largest error of the first token's logits against the recorded float32 ones, over a few cases."""
+def first_token_errors(checkpoint, folder, kernel, packages, golden_logits, more):
+    """Largest error of the first token's logits against the recorded float32 ones, over a few cases.
+
+    Args:
+        more: overrides.
+    """
     cases = [case for case in CASES if case["id"] in FEW and case["world_size"] == 1]
     worst = 0.0
     for case in cases:
         row = {"id": case["id"], "context_ids": case["context_ids"], "query_ids": case["query_ids"]}
         source, logits = write_jsonl(folder / "in.jsonl", [row]), folder / "logits.safetensors"
         run = [f"checkpoint={checkpoint}", f"input={source}", f"output_logits={logits}", "overwrite=true"]
-        (result,) = generate_many(1, [[*run, *settings(case)]], folder, gpu=True, packages=packages)
+        (result,) = generate_many(1, [[*run, *settings(case), *more]], folder, gpu=True, packages=packages)
         assert result["code"] == 0, result
         assert f"kernel {kernel}, bfloat16" in result["stderr"]
         first = load_file(logits)[f"{case['id']}/logits"][0]
@@ -287,9 +316,12 @@ def first_token_errors(checkpoint, folder, kernel, packages, golden_logits):
 @pytest.mark.multigpu
 @pytest.mark.parametrize("layout", [(1, 2, 1), (2, 1, 1), (1, 1, 2)], ids=["cp", "tp", "pp"])
 def test_recorded_answers_on_two_gpus(tiny, tmp_path, golden_logits, layout):
-    """NCCL: context, tensor (with sequence parallelism, too) and pipeline parallelism."""
+    """NCCL: context, tensor (with sequence parallelism, too) and pipeline parallelism; where there is one stage, also
+    with its collectives in CUDA graphs."""
     exact = ["attention.kernel=math", "dtype=float32"]
     settings_by_label = {"plain": exact}
+    if layout[2] == 1:
+        settings_by_label["graph"] = [*exact, "decode.cuda_graph=true"]
     if layout[0] > 1:
         settings_by_label["sequence-parallel"] = [*exact, "parallel.sequence_parallel=true"]
     labelled = [

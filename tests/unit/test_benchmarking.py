@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_star.benchmarking import run as benchmark
-from nemo_star.benchmarking.contenders import ALONE, OnEngine
+from nemo_star.benchmarking.contenders import ALONE, OnEngine, build_contenders
 from nemo_star.benchmarking.fit import shortage
 from nemo_star.config.benchmark import BenchmarkConfig
 from nemo_star.config.compare import Candidate
@@ -53,6 +53,33 @@ def test_a_million_tokens_do_not_fit_on_one_gpu():
     assert "128.00 GiB of K/V" in shortage(shared, LLAMA, 2**20, [FreeMemory("host", room)] * 2)
     short = [FreeMemory("GPU 0", room), FreeMemory("GPU 1", 2**36)]
     assert "into GPU 1: 64.00 GiB of K/V" in shortage(shared, LLAMA, 2**20, short)
+
+
+def test_words_say_how_decode_steps_run():
+    (word,) = parse(
+        BenchmarkConfig, {"compare": ["star+linears:torch+decode:sharded+steps:graph"], "model": SHAPE}
+    ).candidates
+    assert (word.kind, word.variant, word.decode, word.cuda_graph, word.torch_linears) == (
+        "star",
+        None,
+        "sharded",
+        True,
+        True,
+    )
+    (word,) = parse(BenchmarkConfig, {"compare": ["dense+steps:graph"], "model": SHAPE}).candidates
+    assert (word.decode, word.cuda_graph, word.torch_linears) == (None, True, False)
+    for wrong in ("star+steps:eager", "star+steps", "star+steps:graph+steps:graph", "dense+decode:sharded+steps:graph"):
+        with pytest.raises(ValueError, match="unknown; known: .*; on GPUs \\+steps:graph; on GPUs \\+linears:torch"):
+            parse(BenchmarkConfig, {"compare": [wrong], "model": SHAPE})
+    with pytest.raises(ValueError, match="'star\\+steps:graph' is unknown"):  # a plan knows no such time
+        Candidate.parse("star+steps:graph")
+
+
+@pytest.mark.parametrize("option", ["steps:graph", "linears:torch"])
+def test_steps_that_need_gpus_are_refused_before_anything_runs(groups, option):
+    config = parse(BenchmarkConfig, {"compare": [f"star+{option}"], "model": SHAPE})
+    with pytest.raises(ValueError, match=r"decode\.(cuda_graph|torch_linears)=true .* cpu"):
+        build_contenders(config, config.model, (ALONE, groups), groups)
 
 
 def test_what_runs_alone_takes_the_first_rank_s_memory():

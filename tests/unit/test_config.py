@@ -62,6 +62,7 @@ def test_values_reach_their_fields():
         ({"query_file": "q"}, "query and query_file are both set"),
         ({"input": "x.jsonl"}, "input=x.jsonl goes without context, query"),
         ({"resume": True}, "resume=true continues an output file"),
+        ({"debug": {"dump": "d"}, "decode": {"cuda_graph": True}}, "a CUDA graph does not show"),
     ],
 )
 def test_what_is_wrong_is_named(values, message):

@@ -38,6 +38,11 @@ def test_kernels_that_do_not_take_the_model_are_replaced_once_and_named(tiny, ca
     assert again.describe() == "kernel math, float32"
 
 
+def test_what_is_for_transformer_engine_s_layers_is_refused_where_there_are_none(tiny):
+    with pytest.raises(ValueError, match="torch_linears=true is for Transformer Engine's layers; on cpu in float32"):
+        LLM(tiny, decode={"torch_linears": True})
+
+
 def test_the_kernels_of_prefill_and_decode_are_both_named(engine, monkeypatch):
     monkeypatch.setattr(engine.state, "kernel", TEKernel())
     monkeypatch.setattr(engine.state, "decode_kernel", FlashKernel())

@@ -6,12 +6,14 @@ from collections import Counter
 import pytest
 import torch
 from family_models import CASES, greedy, save_model, tokens
+from recorded import RecordedStep
 from safetensors.torch import load_file, save_file
 
 from nemo_star import LLM, SamplingParams
 from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 from nemo_star.checkpoint.hf import HFReader
 from nemo_star.checkpoint.stream import DistCheckpointReader
+from nemo_star.engine.graphs import StepGraphs, check_graphs
 from nemo_star.models.families import families
 from nemo_star.parallel.experts import ExpertLayout, check_experts
 from nemo_star.parallel.layout import Layout
@@ -46,6 +48,26 @@ def test_logits_and_tokens_are_those_of_transformers(converted):
         )[0]
         assert list(result.token_ids) == expected
         assert (result.logits - logits).abs().max() <= 5e-4
+
+
+@pytest.mark.slow
+def test_replayed_decode_steps_are_those_of_transformers(converted):
+    """Rotary angles, factors of queries, norms, biases: all of it follows from what is on the device."""
+    model, _, checkpoint = converted
+    llm = LLM(checkpoint, attention={"kind": "dense", "kernel": "cpu"})
+    try:
+        check_graphs(llm.description.model, llm.groups.layout, "cuda")
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    context, query = tokens(CONTEXT, seed=5), tokens(QUERY, seed=6)
+    expected, logits = greedy(model, context + query, STEPS)
+    made = []
+    llm.engine.graphs = StepGraphs(llm.engine, lambda: made.append(RecordedStep()) or made[-1])
+    params = SamplingParams(max_tokens=STEPS, ignore_eos=True, logits=True)
+    (result,) = llm.generate(llm.encode(context), [query], params)
+    assert list(result.token_ids) == expected
+    assert (result.logits - logits).abs().max() <= 5e-4
+    assert [step.replays for step in made] == [STEPS - 2]
 
 
 def test_export_gives_back_the_same_tensors(converted, tmp_path):

@@ -14,7 +14,7 @@ from te_releases import RELEASES, signature
 
 from nemo_star.kernels import settle as settling
 from nemo_star.kernels.settle import Heads, names, settle
-from nemo_star.kernels.te import TEKernel
+from nemo_star.kernels.te import KEPT_OFFSETS, TEKernel
 from nemo_star.kernels.torch_flash import FlashKernel
 
 
@@ -53,6 +53,16 @@ def test_keys_are_not_repeated_for_a_group(stand_in):
     (call,) = stand_in
     assert call[2]["k"].data_ptr() == k.data_ptr()
     assert call[2]["q"].shape == (2, 1, 2, 16)
+
+
+def test_offsets_are_made_once_for_all_layers_and_not_kept_for_ever(stand_in):
+    kernel = TEKernel()
+    for keys in (40, 40, *range(41, 42 + KEPT_OFFSETS)):
+        kernel.decode(*inputs(1, keys), 0.3, True)
+    first, second = (call[2]["cu_seqlens_kv"] for call in stand_in[:2])
+    assert first is second
+    assert first.tolist() == [0, 40]
+    assert len(kernel._offsets) <= KEPT_OFFSETS
 
 
 def test_views_of_a_larger_buffer_do(stand_in):
