@@ -56,7 +56,9 @@ def build_model(seed: int) -> LlamaForCausalLM:
             if number == HEADS["source"][0]:
                 _read_what_is_gathered(keys)
             attention.q_proj.weight.copy_(keys.repeat_interleave(group, dim=0).flatten(0, 1))
-            attention.o_proj.weight.copy_(0.3 * values.repeat_interleave(group, dim=0).flatten(0, 1).T)
+            attention.o_proj.weight.copy_(
+                (1.0 if number == HEADS["source"][0] else 0.3) * values.repeat_interleave(group, dim=0).flatten(0, 1).T
+            )
         layer, head = HEADS["gather"]
         written = model.model.layers[layer].self_attn.o_proj.weight[:, head * config.head_dim :][:, : config.head_dim]
         written.zero_()
