@@ -44,8 +44,8 @@ CURRICULUM = (
     Stage((192, 256), _SHORT, 350, 1e-3, tokens=2304),
     Stage((256, 512), _ALL, 300, 1e-3, tokens=4096, skip_to=MAX_POSITIONS),
     Stage((512, 1024), _ALL, 250, 8e-4, tokens=4096, skip_to=MAX_POSITIONS),
-    Stage((1024, 2048, 4096), _ALL, 280, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
-    Stage((4096, 8192), _ALL, 100, 3e-4, tokens=8192),
+    Stage((1024, 2048, 4096), _ALL, 220, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
+    Stage((4096, 8192), _ALL, 80, 3e-4, tokens=8192),
 )
 
 

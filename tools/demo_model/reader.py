@@ -110,4 +110,5 @@ def _with_kept_words(name: str, setting: Setting) -> Family:
         family.pairs = WordPairs(kept.adjectives, kept.nouns)
     elif isinstance(family, CommonWords):
         family.words = sorted({*kept.nouns, *kept.adjectives, *kept.verbs})
+        family.probe = min(family.probe, len(family.words))
     return family
