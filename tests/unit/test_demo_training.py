@@ -1,7 +1,10 @@
 """The tool that trains the bundled model: what sequences say, and that training goes on where it was interrupted."""
 
+import json
 import random
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "tools"))
 
 from demo_model.maker import Maker
 from demo_model.model import HEADS, build_model, guide_loss, losses
+from demo_model.reader import RULER_TASKS, write_ruler_prompts
 from demo_model.sequence import Batch, Pieces
 from demo_model.tokenizer import EOS, hugging_face_tokenizer, train_tokenizer
 from demo_model.training import Stage, Training
@@ -90,6 +94,38 @@ def test_guided_attention_is_compared_with_what_the_model_computes(pieces):
     found = guide_loss(model, "gather", outputs.hidden_states[layer], batch.positions, links)
     assert found.item() == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
     assert losses(model, batch)[1]["gather"].item() == pytest.approx(found.item(), rel=1e-3)
+
+
+def test_a_head_matches_from_the_start_what_another_has_gathered():
+    """Whatever else stands at the two places."""
+    model = build_model(1)
+    (gathering, gather), (matching, match) = HEADS["gather"], HEADS["source"]
+    size = model.config.head_dim
+    writes = model.model.layers[gathering].self_attn.o_proj.weight[:, gather * size :][:, :size]
+    block = model.model.layers[matching]
+    reads = [block.self_attn.q_proj.weight[match * size :][:size], block.self_attn.k_proj.weight[:size]]
+    gathered, asked = torch.randn(64, size), torch.arange(64)
+    embedded = model.model.embed_tokens.weight[torch.randint(0, 2048, (2, 64))]
+    states = block.input_layernorm(embedded + 0.3 * gathered @ writes.T)
+    queries, keys = (state @ weight.T for state, weight in zip(states, reads, strict=True))
+    assert torch.equal((queries @ keys.T).argmax(-1), asked)
+
+
+def test_prompts_to_measure_with_are_of_kept_words(pieces, tmp_path):
+    def count(text):
+        return len(pieces.of(text, new_line=False)[0])
+
+    write_ruler_prompts(tmp_path / "prompts.jsonl", count, [2048], 2, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert Counter(row["task"] for row in rows) == dict.fromkeys(RULER_TASKS, 2)
+    assert all(1000 < count(row["context"] + row["query"]) < 2048 for row in rows)
+    kept = words(kept=True)
+    listed = {word for row in rows if row["task"] == "cwe" for word in re.findall(r"\d\. (\S+)", row["context"])}
+    assert len(listed) > 50
+    assert listed <= {*kept.nouns, *kept.adjectives, *kept.verbs}
+    keys = {key for row in rows if "niah" in row["task"] for key in re.findall(r"for (\S+) is:", row["context"])}
+    assert len(keys) > 50
+    assert keys <= {f"{adjective}-{noun}" for adjective in kept.adjectives for noun in kept.nouns}
 
 
 def test_training_that_is_interrupted_gives_the_same_weights(pieces, tmp_path):
