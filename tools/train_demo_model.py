@@ -1,4 +1,4 @@
-"""Train the bundled demo model: a small Llama that answers RULER's questions about long synthetic texts.
+"""Train assets/ruler_model: a small Llama that answers RULER's questions about long synthetic texts.
 
     python tools/train_demo_model.py --work DIR --target DIR [--hours 1.5]      # again until it says that it is done
     python tools/train_demo_model.py --evaluate-only DIR [--lengths 2048 8192] [--documents 50]
