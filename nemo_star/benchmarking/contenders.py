@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from nemo_star.attention.step import AttentionState
 from nemo_star.benchmarking.probe import time_cache_reads
 from nemo_star.config.benchmark import TRANSFORMERS, BenchmarkConfig
 from nemo_star.config.compare import Candidate
@@ -24,7 +25,6 @@ from nemo_star.engine.build import attention_state, engine_around
 from nemo_star.engine.context import EncodedContext
 from nemo_star.engine.engine import Engine
 from nemo_star.engine.graphs import check_graphs
-from nemo_star.kernels.merge import merge_with_sinks
 from nemo_star.kernels.registry import get_merge
 from nemo_star.kernels.settle import names
 from nemo_star.kernels.stored import stored_type
@@ -193,19 +193,26 @@ def build_contenders(
         engine = None
         if method.shares_context or dist.get_rank() == 0:
             divided = config.parallel.sequence_parallel and layout.tp > 1  # dense runs on one rank
+            state = attention_state(
+                method.settings,
+                place[1],
+                device=device,
+                dtype=dtype,
+                cache_dtype=cache_dtype,
+                divides_decode=bool(sliced),
+            )
+            state.merge = merge
             engine = _engine(
-                method,
+                state,
                 model,
                 place,
                 drawn,
-                types=(dtype, cache_dtype),
+                dtype=dtype,
                 device=device,
                 sliced=sliced,
                 sequence_parallel=divided,
                 decode=steps,
             )
-            if merge is merge_with_sinks:  # else the engine has taken what runs
-                engine.state.merge = merge
         facts = (candidate, method, layout, dtype, sliced)
         if candidate.kind == TRANSFORMERS:
             contenders.append(OnTransformers(*facts, model, drawn[ALONE] if engine else None))
@@ -215,22 +222,19 @@ def build_contenders(
 
 
 def _engine(
-    method: Method,
+    state: AttentionState,
     model: ModelConfig,
     place: tuple[Layout, Groups],
     drawn: dict[Layout, Weights],
     *,
-    types: tuple[torch.dtype, torch.dtype | None],
+    dtype: torch.dtype,
     device: torch.device,
     sliced: frozenset[Sliced],
     sequence_parallel: bool,
     decode: DecodeConfig,
 ) -> Engine:
     """An engine with the weights in `drawn`, which gets them if it is the first of its tp and pp."""
-    (layout, groups), (dtype, cache_dtype) = place, types
-    state = attention_state(
-        method.settings, groups, device=device, dtype=dtype, cache_dtype=cache_dtype, divides_decode=bool(sliced)
-    )
+    layout, groups = place
     built = build_model(model, state=state, groups=groups, dtype=dtype, device=device)
     weights_layout = dataclasses.replace(layout, cp=1)
     if weights_layout not in drawn:

@@ -24,6 +24,7 @@ from nemo_star.attention.step import AttentionState, DecodeStep, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
 from nemo_star.methods.partition import shares
 from nemo_star.models.moe import MoE
+from nemo_star.models.te_weights import bias_of, rms_norm
 from nemo_star.parallel.decode_slices import Sliced
 
 
@@ -31,12 +32,6 @@ def own_slice(size: int, group: dist.ProcessGroup, tp_size: int) -> slice:
     """This rank's share of `size` rows or columns of its tp shard; `group` is tp x cp, tp fastest."""
     start, stop = shares(size, group.size() // tp_size)[group.rank() // tp_size]
     return slice(start, stop)
-
-
-def _bias_of(linear: Any) -> Tensor | None:
-    """Transformer Engine's linear layers without a bias have an empty one."""
-    bias: Tensor | None = linear.bias
-    return bias if bias is not None and bias.numel() else None
 
 
 class PhasedMLP(nn.Module):
@@ -64,7 +59,7 @@ class PhasedMLP(nn.Module):
         if self.is_last and isinstance(self.state.step, PrefillStep) and not self.state.completes_prefill:
             return torch.zeros_like(hidden), None
         if isinstance(self.state.step, DecodeStep) and self.state.decode_group is not None:
-            return self._slice(hidden, self.state.decode_group), _bias_of(self.mlp.linear_fc2)
+            return self._slice(hidden, self.state.decode_group), bias_of(self.mlp.linear_fc2)
         if hidden.shape[0] <= MLP_CHUNK_TOKENS:
             return self.mlp(hidden, *args, **kwargs)
         out, bias = torch.empty_like(hidden), None
@@ -78,12 +73,11 @@ class PhasedMLP(nn.Module):
         config = self.mlp.config
         fc1, fc2 = self.mlp.linear_fc1.weight, self.mlp.linear_fc2.weight  # [(2) ffn / tp, h], [h, ffn / tp]
         if (gamma := self._norm_weight) is not None:
-            gamma = gamma + 1 if config.layernorm_zero_centered_gamma else gamma
-            hidden = F.rms_norm(hidden, (hidden.shape[-1],), gamma, config.layernorm_epsilon)
+            hidden = rms_norm(hidden, gamma, config)
         mine = own_slice(fc2.shape[1], group, self.mlp.tp_group.size())
         width = fc2.shape[1]
         first, *second = fc1.split(width)  # gated: [gate; up]
-        bias = _bias_of(self.mlp.linear_fc1)
+        bias = bias_of(self.mlp.linear_fc1)
         biases = [None, None] if bias is None else [of[mine] for of in bias.split(width)]
         inner = config.activation_func(F.linear(hidden, first[mine], biases[0]))
         if second:
@@ -126,7 +120,7 @@ class SlicedProjection(nn.Module):
         mine = own_slice(attended.shape[-1], group, self._tp_size)
         out = F.linear(attended[..., mine], self.projection.weight[:, mine])
         dist.all_reduce(out, group=group)
-        return out, _bias_of(self.projection)
+        return out, bias_of(self.projection)
 
 
 def install(model: GPTModel, state: AttentionState, sliced: frozenset[Sliced] = frozenset({"ffn"})) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from nemo_star.attention.step import AttentionState, DecodeStep
 from nemo_star.models.decode_sharding import PhasedMLP
 from nemo_star.models.layer_spec import implementation_for
+from nemo_star.models.te_weights import bias_of, rms_norm
 
 _NORMS = ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "final_layernorm")
 _COLUMN, _ROW = ("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")
@@ -47,7 +48,7 @@ class TorchNorm(nn.Module):
         """Of x's shape and type."""
         if not isinstance(self.state.step, DecodeStep):
             return self.norm(x)
-        return _rms_norm(x, self.norm.weight, self.config)
+        return rms_norm(x, self.norm.weight, self.config)
 
 
 class TorchLinear(nn.Module):
@@ -78,8 +79,8 @@ class TorchLinear(nn.Module):
         if not isinstance(self.state.step, DecodeStep):
             return linear(x)
         if (gamma := getattr(linear, "layer_norm_weight", None)) is not None:
-            x = _rms_norm(x, gamma, self.config)
-        bias = linear.bias if linear.bias is not None and linear.bias.numel() else None  # it is empty without one
+            x = rms_norm(x, gamma, self.config)
+        bias = bias_of(linear)
         added = None if linear.te_return_bias else bias
         if self.tp_group is None:
             out = F.linear(x, linear.weight, added)
@@ -140,11 +141,3 @@ def _replace(part: nn.Module, state: AttentionState, model: GPTModel) -> None:
 
 def _is_transformer_engine_s(module: nn.Module) -> bool:
     return any(base.__module__.partition(".")[0] == "transformer_engine" for base in type(module).__mro__)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
-    shape, eps = (x.shape[-1],), config.layernorm_epsilon
-    if not config.layernorm_zero_centered_gamma:
-        return F.rms_norm(x, shape, weight, eps)
-    # The sum would be rounded to 16 bits, and most of the weight with it: float32, as Transformer Engine has it.
-    return F.rms_norm(x.float(), shape, weight.float() + 1.0, eps).to(x.dtype)

@@ -63,6 +63,11 @@ def answers(engine, context, queries, steps, sequences=None):
     return tokens, torch.stack(logits)
 
 
+def take(engine, sequence, tokens):
+    """So many steps of one sequence; logits after the last."""
+    return [engine.decode([(sequence, [3])]) for _ in range(tokens)][-1]
+
+
 def plainly(engine, *arguments, **keywords):
     graphs, engine.graphs = engine.graphs, None
     try:
@@ -169,8 +174,7 @@ def test_a_turn_that_outgrows_the_buffers_moves_what_comes_after(recording, monk
 def test_the_logits_of_a_step_stay_what_they_are(recording):
     engine, _ = recording
     sequence = engine.sequence(engine.encode(CONTEXT))
-    for _ in range(3):
-        logits = engine.decode([(sequence, [3])])
+    logits = take(engine, sequence, 3)
     before = logits.clone()
     engine.decode([(sequence, [4])])
     assert torch.equal(logits, before)
@@ -180,8 +184,7 @@ def test_a_context_is_freed_with_its_last_sequence(recording):
     engine, made = recording
     context = engine.encode(CONTEXT)
     sequence = engine.sequence(context)
-    for _ in range(4):
-        engine.decode([(sequence, [3])])
+    take(engine, sequence, 4)
     freed = [weakref.ref(context.cache), weakref.ref(made[0])]
     made.clear()
     del context, sequence
@@ -193,8 +196,7 @@ def test_a_context_that_went_on_is_refused(recording):
     engine, _ = recording
     context = engine.encode(CONTEXT)
     sequence = engine.sequence(context)
-    for _ in range(3):
-        engine.decode([(sequence, [3])])
+    take(engine, sequence, 3)
     begun = engine.extend(context, CONTEXT)
     while begun.steps_left:
         begun.advance()
