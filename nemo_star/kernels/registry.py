@@ -90,7 +90,7 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
             why = f" ({find_transformer_engine().told()})"
         elif name == "numba" and not is_installed():
             why = " (Numba is not installed: pip install 'nemo-star[cpu]')"
-        elif name == "triton" and not has_triton():
+        elif name == "triton" and device.type == "cuda" and not has_triton():
             why = f" ({NO_TRITON})"
         raise ValueError(
             f"attention.kernel={name} does not run on {device.type} with {dtype}{why}; these do: {', '.join(can)}"
