@@ -9,7 +9,8 @@ import torch
 from recorded import RecordedStep
 
 from nemo_star import LLM
-from nemo_star.attention.fixed import OwnKV
+from nemo_star.attention.cache import KVShape
+from nemo_star.attention.fixed import FixedStep, OwnKV
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine import graphs
 from nemo_star.engine.graphs import StepGraphs, check_graphs
@@ -226,6 +227,16 @@ def test_every_step_is_told(recording):
     engine.graphs.on_step = lambda: told.append(True)
     answers(engine, engine.encode(CONTEXT), [[3, 4]], 6)
     assert len(told) == 5
+
+
+def test_what_fp8_has_no_value_for_becomes_its_largest():
+    own = OwnKV.empty(1, 4, [1], KVShape(1, 1, 8, torch.float8_e5m2, torch.device("cpu")))
+    slots, length = torch.tensor([0]), torch.tensor([1])
+    step = FixedStep((), own, slots, length, 4)
+    k = torch.full((1, 1, 1, 8), 1e6)
+    out, _ = step.attend_own(1, torch.ones(1, 1, 2, 8), k, -k, 1e-6)
+    assert torch.equal(own.buffers[1][0][0, 0].float(), torch.full((1, 8), 57344.0))
+    assert torch.equal(out, torch.full((1, 1, 2, 8), -57344.0))
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 37], [40, 40, 40]])
