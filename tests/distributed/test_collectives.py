@@ -1,7 +1,7 @@
 import json
 
 import torch.distributed as dist
-from launch import ROOT, torchrun
+from launch import ROOT, forked
 
 LAYERS = 4  # of the tiny model
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -13,7 +13,7 @@ def test_one_collective_a_layer_over_cp(tmp_path, tiny):
 
     Sharded decode adds one all-reduce a layer over tp x cp, in the place of tp's, and one all-gather for the head.
     """
-    done = torchrun(2, ROOT / "tests/workers/count_collectives.py", tiny, tmp_path / "counts.json")
+    done = forked(2, ROOT / "tests/workers/count_collectives.py", tiny, tmp_path / "counts.json")
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())
     prefill = {"broadcast": LAYERS - 1}

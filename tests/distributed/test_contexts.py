@@ -4,7 +4,7 @@ import json
 
 import pytest
 from family_models import save_model, tokens
-from launch import ROOT, run_tool, torchrun
+from launch import ROOT, forked
 
 from nemo_star.checkpoint.convert import import_checkpoint
 
@@ -41,7 +41,7 @@ def test_parts_and_turns_are_those_at_once(tmp_path, family, size):
     requests = {"runs": runs_of(tmp_path / "converted", size), "ids": tokens(97, seed=5), "query": tokens(6, seed=9)}
     (tmp_path / "requests.json").write_text(json.dumps(requests))
     arguments = (ROOT / "tests/workers/contexts.py", tmp_path, tmp_path / "found.json")
-    done = run_tool(*arguments) if size == 1 else torchrun(size, *arguments, timeout=600)
+    done = forked(size, *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == requests["runs"].keys()

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from family_models import greedy, save_model, tokens
-from launch import ROOT, read_jsonl, selected, torchrun, write_jsonl
+from launch import ROOT, forked, read_jsonl, selected, write_jsonl
 from star_masks import FULL, star_masks
 
 from nemo_star.checkpoint.convert import import_checkpoint
@@ -106,7 +106,7 @@ def done(request, tmp_path_factory, demo):
             }
         )
     (folder / "runs.json").write_text(json.dumps({"measure": runs, "commands": commands(folder, demo)}))
-    result = torchrun(2, ROOT / "tests/workers/fidelity.py", folder / "runs.json", timeout=600)
+    result = forked(2, ROOT / "tests/workers/fidelity.py", folder / "runs.json")
     assert result.returncode == 0, result.stderr
     results = json.loads((folder / "results.json").read_text())
     return folder, oracles, dict(zip(wanted, results["measured"], strict=True)), results["commands"]

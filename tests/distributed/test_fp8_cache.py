@@ -7,7 +7,7 @@ import pytest
 import torch
 from family_models import save_model, tokens
 from fp8_oracle import Oracle
-from launch import ROOT, selected, torchrun
+from launch import ROOT, forked, selected
 from safetensors.torch import load_file
 
 from nemo_star import LLM
@@ -71,7 +71,7 @@ def done(request, models, tmp_path_factory):
         requests.append({**values, **place, "attention": attention, "parallel": parallel})
     (folder / "requests.json").write_text(json.dumps(requests))
     output = folder / "found.json"
-    result = torchrun(2, ROOT / "tests/workers/fp8_cache.py", folder / "requests.json", output)
+    result = forked(2, ROOT / "tests/workers/fp8_cache.py", folder / "requests.json", output)
     assert result.returncode == 0, result.stderr
     logits = load_file(f"{output}.logits")
     return {

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launch import ROOT, run_tool, torchrun
+from launch import ROOT, forked, run_tool
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo-star[harness]'")
 
@@ -36,9 +36,7 @@ def launched(demo, tmp_path_factory):
         "cache": str(folder / "cache"),
     }
     (folder / "requests.json").write_text(json.dumps(requests))
-    done = torchrun(
-        2, ROOT / "tests/workers/harness_ranks.py", folder / "requests.json", folder / "report.json", timeout=600
-    )
+    done = forked(2, ROOT / "tests/workers/harness_ranks.py", folder / "requests.json", folder / "report.json")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "report.json").read_text()), done.stdout, folder / "results"
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from family_models import save_model, tokens
-from launch import ROOT, run_tool, selected, torchrun
+from launch import ROOT, forked, selected
 from safetensors.torch import load_file
 
 STAR = {"kind": "star", "block_size": 16}
@@ -67,8 +67,7 @@ class Job:
         self.requests, self.output = self.folder / "requests.json", self.folder / "found.json"
         self.requests.write_text(json.dumps(self.runs))
         arguments = (ROOT / "tests/workers/saved_contexts.py", self.requests, self.output)
-        options = {"timeout": 600}
-        return run_tool(*arguments, **options) if processes == 1 else torchrun(processes, *arguments, **options)
+        return forked(processes, *arguments)
 
     def results(self, processes):
         """Key -> what the run gave: text or numbers, or {name: (tokens, logits), at once and gone on}."""

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from launch import ROOT, torchrun
+from launch import ROOT, forked
 
 from nemo_star.models.sequence_parallel import check_sequence_parallel
 from nemo_star.parallel.layout import Layout
@@ -9,7 +9,7 @@ from nemo_star.parallel.layout import Layout
 
 def test_sequence_parallel_changes_nothing_but_who_holds_what(tiny, tmp_path):
     """tp 2, pp 2: same K/V and logits; hidden states halve where a block's length is even, and only in prefill."""
-    done = torchrun(4, ROOT / "tests/workers/sequence_parallel.py", tiny, tmp_path / "report.json")
+    done = forked(4, ROOT / "tests/workers/sequence_parallel.py", tiny, tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     in_16_bits = report.pop("bfloat16")

@@ -1,12 +1,16 @@
-"""Starting the tools as users do, and many runs of one tool in a single launch (a start takes 10 s and more)."""
+"""Starting the tools as users do, and, since a start takes 10 s and more, ranks forked from a process that has imported
+everything, and many runs of one tool in a single launch."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUPPORT = Path(__file__).resolve().parent
@@ -30,6 +34,50 @@ def torchrun(processes: int, *arguments: object, **options):
     return _run([*launcher, *map(str, arguments)], **options)
 
 
+def forked(processes: int, script: Path, *arguments: object, cwd: Path | None = None, timeout: int = 600):
+    """A script of the tests on ranks that start at once (`rank_server`), output captured as by `torchrun`."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = {name: Path(folder) / name for name in ("stdout", "stderr")}
+        for output in outputs.values():
+            output.touch()
+        job = {
+            "processes": processes,
+            "arguments": [str(script), *map(str, arguments)],
+            "cwd": str(cwd or Path.cwd()),
+            "timeout": timeout,
+            **{name: str(output) for name, output in outputs.items()},
+        }
+        to_server, replies = _rank_server()
+        print(json.dumps(job), file=to_server, flush=True)
+        code = int(replies.readline())
+        return subprocess.CompletedProcess(
+            job["arguments"], code, **{name: output.read_text() for name, output in outputs.items()}
+        )
+
+
+@functools.cache
+def _rank_server() -> tuple[IO[str], IO[str]]:
+    """What its jobs are written to and its answers read from; it ends with this process."""
+    reads, writes = os.pipe()
+    server = subprocess.Popen(
+        [sys.executable, SUPPORT / "rank_server.py", str(writes)],
+        stdin=subprocess.PIPE,
+        env=_environment(),
+        text=True,
+        pass_fds=[writes],
+    )
+    os.close(writes)
+    assert server.stdin is not None
+    return server.stdin, os.fdopen(reads)
+
+
+def _environment(*, gpu: bool = False, packages: Path | None = None) -> dict[str, str]:
+    environment = dict(os.environ if gpu else ENVIRONMENT)
+    paths = [packages, SUPPORT, os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
+    return environment
+
+
 def _run(
     command: list[str],
     *,
@@ -39,23 +87,20 @@ def _run(
     gpu: bool = False,
     packages: Path | None = None,
 ):
-    environment = dict(os.environ if gpu else ENVIRONMENT)
-    paths = [packages, SUPPORT, os.environ.get("PYTHONPATH")]
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
+    environment = _environment(gpu=gpu, packages=packages)
     return subprocess.run(
         command, cwd=cwd, input=stdin, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
 def generate_many(processes: int, runs: list[list[str]], folder: Path, **options) -> list[dict]:
-    """Run tools/generate.py with each of `runs` (argument lists) in one launch; options as for `torchrun`.
+    """Run tools/generate.py with each of `runs` (argument lists) in one launch; with options, those of `torchrun`.
 
     Returns per run {"code", "error", "stderr"}, the last being rank 0's.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(
-        processes, ROOT / "tests/workers/run_generate.py", folder / "runs.json", **{"timeout": 600, **options}
-    )
+    command = processes, ROOT / "tests/workers/run_generate.py", folder / "runs.json"
+    done = torchrun(*command, **{"timeout": 600, **options}) if options else forked(*command)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "runs.json.results").read_text())
 
