@@ -40,13 +40,20 @@ from transformers import LlamaForCausalLM
 
 _SHORT = {"needles": 4, "old": 1, "vt": 3}
 _ALL = {"needles": 4, "old": 1, "vt": 2, "cwe": 2, "fwe": 2}
-CURRICULUM = (
+RETRIEVAL = (
     Stage((192, 256), _SHORT, 350, 1e-3, tokens=2304),
     Stage((256, 512), _ALL, 300, 1e-3, tokens=4096, skip_to=MAX_POSITIONS),
     Stage((512, 1024), _ALL, 250, 8e-4, tokens=4096, skip_to=MAX_POSITIONS),
     Stage((1024, 2048, 4096), _ALL, 220, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
     Stage((4096, 8192), _ALL, 80, 3e-4, tokens=8192),
 )
+_COUNTING = {"cwe": 3, "fwe": 2}
+COUNTING = (
+    Stage((512, 768), _COUNTING, 250, 5e-4, tokens=4096),
+    Stage((1024, 2048), _COUNTING, 150, 4e-4, tokens=4096),
+    Stage((4096,), _COUNTING, 60, 3e-4, tokens=8192),
+)
+CURRICULA = {"retrieval": RETRIEVAL, "counting": COUNTING}
 
 
 def train(arguments: argparse.Namespace) -> bool:
@@ -54,7 +61,7 @@ def train(arguments: argparse.Namespace) -> bool:
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(arguments.seed))
     pieces = Pieces(hugging_face_tokenizer(tokenizer, MAX_POSITIONS).backend_tokenizer)
-    training = Training(arguments.work, CURRICULUM, pieces, arguments.seed)
+    training = Training(arguments.work, CURRICULA[arguments.learn], pieces, arguments.seed, arguments.start)
     if not training.run(3600 * arguments.hours):
         print(f"{training.hours:.2f} hours so far; the same command goes on")
         return False
@@ -94,6 +101,8 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", type=Path, metavar="DIR", help="checkpoint to write; must not exist")
     parser.add_argument("--work", type=Path, metavar="DIR", help="state of the training: the next run goes on from it")
+    parser.add_argument("--learn", choices=CURRICULA, default="retrieval", help="what the curriculum trains")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="checkpoint of this tool to start from")
     parser.add_argument("--hours", type=float, default=24.0, help="stop after so many, to go on later")
     parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="measure this checkpoint instead of training")
     parser.add_argument("--demo-document", type=Path, metavar="FILE", help="also write a document to try the model on")

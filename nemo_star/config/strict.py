@@ -80,8 +80,8 @@ def _describe(cls: type, problem: ErrorDetails, prefix: str) -> list[str]:
 
 
 def _dataclass_at(cls: Any, path: tuple[int | str, ...]) -> Any:
-    """The dataclass that keys lead to from `cls`."""
-    for name in path:
-        hint = typing.get_type_hints(cls)[str(name)]
-        (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # Group, or Group | None
+    """The dataclass that keys, and places in a list, lead to from `cls`."""
+    for name in (name for name in path if isinstance(name, str)):
+        hint = typing.get_type_hints(cls)[name]
+        (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # Group, Group | None, a list
     return cls

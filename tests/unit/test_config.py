@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 
 from nemo_star.checkpoint.description import CheckpointDescription
@@ -88,6 +90,19 @@ def test_a_prefix_leads_every_key():
         parse(AttentionConfig, {"block_size": "a"}, prefix="row 3: ")
     with pytest.raises(ValueError, match=r"^unknown key row 3: size; known keys here: row 3: kind, row 3: "):
         parse(AttentionConfig, {"size": 3}, prefix="row 3: ")
+
+
+def test_a_key_of_a_group_in_a_list_is_named_with_its_place():
+    @dataclass
+    class Step:
+        name: str
+
+    @dataclass
+    class Steps:
+        steps: tuple[Step, ...] = ()
+
+    with pytest.raises(ValueError, match=r"^unknown key steps\.1\.nmae; known keys here: steps\.1\.name$"):
+        parse(Steps, {"steps": [{"name": "a"}, {"name": "b", "nmae": "c"}]})
 
 
 def test_optional_groups_mappings_and_missing_keys():

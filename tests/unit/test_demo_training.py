@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,52 @@ def test_a_sequence_has_its_length_and_answers_and_copies_what_it_is_linked_to(p
         assert len(sequence.ids) == len(sequence.positions) == 512
         assert sequence.positions == sorted(set(sequence.positions))
         assert sequence.positions[-1] < 8192
-        predicted = dict(sequence.answers)
-        assert EOS in predicted.values()
-        assert all(predicted[place] == sequence.ids[place + 1] for place in predicted)
+        assert [EOS] in sequence.answers.values()
+        assert all(sequence.ids[place + 1] in tokens for place, tokens in sequence.answers.items())
         text = [sequence.pieces._tokenizer.id_to_token(token) for token in sequence.ids]
         for place, targets in sequence.links.get("source", []):
             copied = {text[target] for target in targets}
             assert copied in ({text[place + 1]}, {"."})  # a number ends where its full stop is
         for place, targets in [link for links in sequence.links.values() for link in links]:
             assert all(target <= place for target in targets)
+
+
+def test_words_that_are_counted_may_be_said_in_any_order(pieces):
+    text = pieces._tokenizer
+    for sequence in made(pieces, "cwe", length=2048):
+        decoded = text.decode(sequence.ids, skip_special_tokens=True)
+        lists = re.findall(
+            r"often\.\s+(1\. .*?)\s+Question:.*?in the list are: (1\. .*?)(?=\s+Below|$)", decoded, re.DOTALL
+        )
+        assert len(lists) in (1, 2)  # the first may be an example
+        for listed, answer in lists:
+            counts = Counter(re.findall(r"\d\. (\S+)", listed))
+            answered = re.findall(r"\d\. (\S+)", answer)
+            others = set(counts) - set(answered)
+            assert len(set(answered)) == len(answered) == 10
+            assert min(counts[word] for word in answered) > max([counts[word] for word in others], default=0)
+        said = dict(sequence.links["said"])
+        for (place, _), (next_place, _) in pairwise(sequence.links["count"]):
+            if next_place in said:  # a word less is left than before the word before
+                assert said[next_place] == [*said.get(place, []), place + 1]
+                assert set(sequence.answers[next_place]) <= set(sequence.answers[place])
+            assert sequence.ids[place + 1] in sequence.answers[place]
+
+
+def test_any_of_the_words_that_are_left_is_right(pieces):
+    batch = Batch.of(made(pieces, "cwe")[:2])
+    model = build_model(1)
+    loss, _, right = losses(model, batch)
+    logits = model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=torch.ones_like(batch.ids)).logits
+    lost, hits = [], [[], []]
+    for row, number in sorted({(row, number) for row, number, _, _ in batch.answers.tolist()}):
+        place, tokens = batch.answers[batch.answers[:, 1] == number][:, 2:].T
+        chances = logits[row, place[0]].softmax(-1)
+        lost.append(-chances[tokens].sum().log())
+        hits[row].append(float(chances.argmax() in tokens))
+    assert len(lost) < len(batch.answers)
+    assert loss.item() == pytest.approx(torch.stack(lost).mean().item(), rel=1e-4)
+    assert right.tolist() == pytest.approx([sum(row) / len(row) for row in hits])
 
 
 def test_a_chain_is_followed_by_ends_and_offsets(pieces):

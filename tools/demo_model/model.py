@@ -13,7 +13,7 @@ from demo_model.tokenizer import BOS, EOS, VOCABULARY
 
 MAX_POSITIONS = 8192
 ROPE_THETA = 1e12
-HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "count": (2, 3)}
+HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "count": (2, 3), "said": (2, 1)}
 """Role -> layer and head that is guided."""
 
 
@@ -75,6 +75,15 @@ def _read_what_is_gathered(keys: Tensor) -> None:
         of_group[_SLOW], of_group[64:][_SLOW] = slow.chunk(2)
 
 
+def begin_to_count(model: LlamaForCausalLM) -> None:
+    """Let a head that has learned nothing else take from what is counted the words that are said: the opposite of what
+    the head beside it copies, which has the same values."""
+    (layer, said), (_, source), size = HEADS["said"], HEADS["source"], model.config.head_dim
+    outputs = model.model.layers[layer].self_attn.o_proj.weight
+    with torch.no_grad():
+        outputs[:, said * size :][:, :size] = -outputs[:, source * size :][:, :size]
+
+
 def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:
     """How far the attention of the role's head is from even attention to the targets of each place: their mean KL.
 
@@ -127,8 +136,13 @@ def _copied_loss(model: LlamaForCausalLM, role: str, states: Tensor, batch: Batc
     return F.cross_entropy(model.lm_head(model.model.norm(states[row, place] + outputs)), batch.ids[row, copied])
 
 
+def _lost(logits: Tensor, may_follow: Tensor) -> Tensor:
+    """Mean cross entropy where any of several tokens is right; logits and may_follow [places, vocab]."""
+    return (logits.logsumexp(-1) - logits.masked_fill(~may_follow, -torch.inf).logsumexp(-1)).mean()
+
+
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss of the answers, loss of each guided head, whether each answer token is right)"""
+    """(loss of the answers, loss of each guided head, answers right by row [b])"""
     outputs = model.model(
         input_ids=batch.ids,
         position_ids=batch.positions,
@@ -136,8 +150,12 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Ten
         use_cache=False,
         output_hidden_states=True,
     )
-    rows, places, tokens = batch.answers.T
+    _, numbers, _, tokens = batch.answers.T
+    rows, _, places, _ = batch.answers[numbers.diff(prepend=numbers.new_tensor([-1])) > 0].T
     logits = model.lm_head(outputs.last_hidden_state[rows, places])
+    may_follow = torch.zeros_like(logits, dtype=torch.bool)
+    may_follow[numbers, tokens] = True
+    right = may_follow.gather(1, logits.argmax(-1, keepdim=True))[:, 0].float()
     guides = {
         role: guide_loss(model, role, outputs.hidden_states[HEADS[role][0]], batch.positions, links)
         for role, links in batch.links.items()
@@ -146,4 +164,10 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Ten
         guides["carried"] = _carried_loss(model, outputs.hidden_states[HEADS["offset"][0] + 1], batch)
     for role in {"source", "chain", "count"} & set(batch.links):
         guides[f"copied {role}"] = _copied_loss(model, role, outputs.hidden_states[HEADS[role][0]], batch)
-    return F.cross_entropy(logits, tokens), guides, logits.argmax(-1) == tokens
+    if "count" in batch.links:
+        counts = torch.zeros_like(batch.ids, dtype=torch.bool)
+        counts[batch.links["count"][:, 0], batch.links["count"][:, 2]] = True
+        counts = counts[rows, places]
+        states = outputs.hidden_states[HEADS["count"][0] + 1][rows[counts], places[counts]]
+        guides["left"] = _lost(model.lm_head(model.model.norm(states)), may_follow[counts])
+    return _lost(logits, may_follow), guides, torch.bincount(rows, right) / torch.bincount(rows)

@@ -40,8 +40,8 @@ class Sequence:
     pieces: Pieces
     ids: list[int] = field(default_factory=lambda: [BOS])
     positions: list[int] = field(default_factory=lambda: [0])
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    """A place, and the token that it predicts."""
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    """A place -> the tokens that may follow: one; where an answer has no order, the next of any of its parts."""
     links: dict[str, list[tuple[int, list[int]]]] = field(default_factory=lambda: defaultdict(list))
     """By the head's role: a place, and the places that it attends to.
 
@@ -49,7 +49,8 @@ class Sequence:
     offset: from the end of an assignment to a letter of what is assigned.
     source: from a place of an answer to what it copies.
     chain: from a place of a name in an answer to the end of its assignment.
-    count: from a place of an answer to all that is counted.
+    count: from before a counted word in an answer to all that is counted.
+    said: from there to the words that are answered already.
     """
     skip: int = 0
     """Positions left out before the next token."""
@@ -80,10 +81,16 @@ class Sequence:
 
     def answer(self, text: str, *spans: Span) -> list[list[int]]:
         """Append an answer and an end of sequence, each token of which the place before predicts."""
+        places = self.answered_example(text, *spans)
+        self.add_ids([EOS])
+        self.answers[self.place - 2] = [EOS]
+        return places
+
+    def answered_example(self, text: str, *spans: Span) -> list[list[int]]:
+        """The same of an answer that is followed by more."""
         first = self.place
         places = self.add(text, *spans)
-        self.add_ids([EOS])
-        self.answers += [(place - 1, self.ids[place]) for place in range(first, self.place)]
+        self.answers |= {place - 1: [self.ids[place]] for place in range(first, self.place)}
         return places
 
     def link(self, role: str, place: int, targets: list[int]) -> None:
@@ -100,14 +107,19 @@ class Batch:
     ids: Tensor
     positions: Tensor
     answers: Tensor
-    """Row, place, token to predict."""
+    """Row, number of the place, place, token that may follow."""
     links: dict[str, Tensor]
     """By role: row, number of the place among those of the role, place, target."""
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> Batch:
         roles = {role for sequence in sequences for role in sequence.links}
-        rows = [(row, *answer) for row, sequence in enumerate(sequences) for answer in sequence.answers]
+        places = [(row, place) for row, sequence in enumerate(sequences) for place in sequence.answers]
+        rows = [
+            (row, number, place, token)
+            for number, (row, place) in enumerate(places)
+            for token in sequences[row].answers[place]
+        ]
         return cls(
             torch.tensor([sequence.ids for sequence in sequences]),
             torch.tensor([sequence.positions for sequence in sequences]),

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from demo_model.maker import Maker
-from demo_model.model import MAX_POSITIONS, build_model, losses
+from demo_model.model import MAX_POSITIONS, begin_to_count, build_model, losses
 from demo_model.sequence import Batch, Pieces
 from demo_model.words import words
 
@@ -43,17 +43,22 @@ class Stage:
 
 
 class Training:
-    """A model on its way through the stages.
+    """A model on its way through the stages, from the checkpoint `start` or from the beginning.
 
     `folder/state.pt` is written every 50 steps; a run that finds it goes on from there. A step's sequences depend on
     the seed, its stage and its number alone, so runs that were interrupted see the same ones.
     """
 
-    def __init__(self, folder: Path, stages: tuple[Stage, ...], pieces: Pieces, seed: int) -> None:
+    def __init__(
+        self, folder: Path, stages: tuple[Stage, ...], pieces: Pieces, seed: int, start: Path | None = None
+    ) -> None:
         self._file = folder / "state.pt"
         self._stages, self._pieces, self._seed = stages, pieces, seed
         self._words = words(kept=False)
         self.model: LlamaForCausalLM = build_model(seed)
+        if start is not None:
+            self.model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+            begin_to_count(self.model)
         self._stage, self._step, self._seconds = 0, 0, 0.0
         self._optimizer = self._new_optimizer()
         if self._file.exists():
@@ -106,7 +111,7 @@ class Training:
         self._step += 1
         figures = {"loss": loss.item(), **{role: guide.item() for role, guide in guides.items()}}
         for row, task in enumerate(tasks):
-            figures[f"right {task}"] = right[batch.answers[:, 0] == row].float().mean().item()
+            figures[f"right {task}"] = right[row].item()
         return figures
 
     def _report(self, shown: dict[str, float]) -> None:
