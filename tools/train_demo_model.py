@@ -47,11 +47,11 @@ RETRIEVAL = (
     Stage((1024, 2048, 4096), _ALL, 220, 5e-4, tokens=8192, skip_to=MAX_POSITIONS),
     Stage((4096, 8192), _ALL, 80, 3e-4, tokens=8192),
 )
-_COUNTING = {"cwe": 3, "fwe": 2}
+_COUNTING = {"cwe": 1, "fwe": 1}
 COUNTING = (
-    Stage((512, 768), _COUNTING, 250, 5e-4, tokens=4096),
+    Stage((512, 1024), _COUNTING, 200, 5e-4, tokens=4096),
     Stage((1024, 2048), _COUNTING, 150, 4e-4, tokens=4096),
-    Stage((4096,), _COUNTING, 60, 3e-4, tokens=8192),
+    Stage((4096,), _COUNTING, 50, 3e-4, tokens=8192),
 )
 CURRICULA = {"retrieval": RETRIEVAL, "counting": COUNTING}
 

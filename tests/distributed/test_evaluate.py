@@ -78,6 +78,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_report(demo, swept, tmp_path):
     again, before = read_jsonl(folder / "samples.jsonl"), read_jsonl(whole)
     kept = content[: len(content) * 2 // 3].count(b"\n")
     assert again[:kept] == before[:kept]
+    assert f" {kept}/{len(before)} " in done.stderr  # where the bar begins
     # Replicas divide what is left otherwise, so lines come in another order.
     assert predictions(again) == predictions(before)
 

@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent.parent / "tools"))
 
 from demo_model.maker import Maker
-from demo_model.model import HEADS, build_model, guide_loss, losses
+from demo_model.model import HEADS, begin_to_count, build_model, guide_loss, losses
 from demo_model.reader import RULER_TASKS, write_ruler_prompts
 from demo_model.sequence import Batch, Pieces
 from demo_model.tokenizer import EOS, hugging_face_tokenizer, train_tokenizer
@@ -79,11 +79,12 @@ def test_words_that_are_counted_may_be_said_in_any_order(pieces):
             assert len(set(answered)) == len(answered) == 10
             assert min(counts[word] for word in answered) > max([counts[word] for word in others], default=0)
         said = dict(sequence.links["said"])
-        for (place, _), (next_place, _) in pairwise(sequence.links["count"]):
+        for (place, counted), (next_place, left) in pairwise(sequence.links["count"]):
             if next_place in said:  # a word less is left than before the word before
                 assert said[next_place] == [*said.get(place, []), place + 1]
                 assert set(sequence.answers[next_place]) <= set(sequence.answers[place])
-            assert sequence.ids[place + 1] in sequence.answers[place]
+                others = {sequence.ids[target] for target in left} - {sequence.ids[place + 1]}
+                assert others == {sequence.ids[target] for target in counted} - {sequence.ids[place + 1]}
 
 
 def test_any_of_the_words_that_are_left_is_right(pieces):
@@ -147,6 +148,21 @@ def test_a_head_matches_from_the_start_what_another_has_gathered():
     states = block.input_layernorm(embedded + 0.3 * gathered @ writes.T)
     queries, keys = (state @ weight.T for state, weight in zip(states, reads, strict=True))
     assert torch.equal((queries @ keys.T).argmax(-1), asked)
+
+
+def test_a_head_that_begins_to_count_looks_away_from_what_is_said():
+    model = build_model(1)
+    begin_to_count(model)
+    (carrying, said), (counting, count), size = HEADS["said"], HEADS["count"], model.config.head_dim
+    words = model.model.embed_tokens.weight[torch.randperm(2048)[:64]]
+    layer, block = model.model.layers[carrying], model.model.layers[counting]
+    values = layer.input_layernorm(words) @ layer.self_attn.v_proj.weight[size:].T
+    carried = values @ layer.self_attn.o_proj.weight[:, said * size :][:, :size].T
+    queries = block.input_layernorm(words.roll(1, 0) + carried) @ block.self_attn.q_proj.weight[count * size :][:size].T
+    keys = block.input_layernorm(words) @ block.self_attn.k_proj.weight[size:].T
+    scores = queries @ keys.T / size**0.5
+    others = (scores.sum(-1) - scores.diag()) / 63
+    assert (others - scores.diag()).mean() > 0.5
 
 
 def test_prompts_to_measure_with_are_of_kept_words(pieces, tmp_path):

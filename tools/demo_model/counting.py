@@ -89,18 +89,21 @@ def _answer(sequence: Sequence, words: list[tuple[str, str]], found: Found, *, e
         spans.append((start, start + len(word)))
         answer += f"{before}{word} "
     firsts = [pieces[0] for places in found.values() for pieces in places]
+    tokens_said: set[int] = set()
     for pieces in (pieces for places in found.values() for pieces in places):
         _gather(sequence, pieces)
     answered = sequence.answer if ends else sequence.answered_example
     said = answered(answer.rstrip(), *spans)
     for number, ((_, word), pieces) in enumerate(zip(words, said, strict=True)):
-        tokens = [[sequence.ids[piece] for piece in left] for left in said[number:]]
+        tokens = [[sequence.ids[piece] for piece in word] for word in said[number:]]
         for place, piece in enumerate(pieces):
             alike = {left[place] for left in tokens if left[:place] == tokens[0][:place] and len(left) > place}
             sequence.answers[piece - 1] = sorted(alike)
-        sequence.link("count", pieces[0] - 1, firsts)
+        left = [place for place in firsts if sequence.ids[place] not in tokens_said]
+        sequence.link("count", pieces[0] - 1, left or firsts)
         if number:
             sequence.link("said", pieces[0] - 1, [before[0] for before in said[:number]])
+        tokens_said.add(sequence.ids[pieces[0]])
         _gather(sequence, pieces)
         for place, piece in enumerate(pieces[1:], 1):
             sequence.link("source", piece - 1, [listed[place] for listed in found[word]])

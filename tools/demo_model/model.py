@@ -13,7 +13,7 @@ from demo_model.tokenizer import BOS, EOS, VOCABULARY
 
 MAX_POSITIONS = 8192
 ROPE_THETA = 1e12
-HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "count": (2, 3), "said": (2, 1)}
+HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "said": (1, 3), "count": (2, 3)}
 """Role -> layer and head that is guided."""
 
 
@@ -21,6 +21,8 @@ _FREE = slice(128, 256)
 """Channels that embeddings leave free: what the gathering head finds is written there, and nothing else at first."""
 _SLOW = slice(24, 64)
 """Pairs of a head's channels that rotate by less than a radian over 8,192 tokens."""
+_LOOK_AWAY = 8.0
+"""How much less, in the exponent, a head that begins to count attends to a word that is all that was said."""
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -76,12 +78,21 @@ def _read_what_is_gathered(keys: Tensor) -> None:
 
 
 def begin_to_count(model: LlamaForCausalLM) -> None:
-    """Let a head that has learned nothing else take from what is counted the words that are said: the opposite of what
-    the head beside it copies, which has the same values."""
-    (layer, said), (_, source), size = HEADS["said"], HEADS["source"], model.config.head_dim
-    outputs = model.model.layers[layer].self_attn.o_proj.weight
+    """Two heads that have not learned to do so yet: one carries the words that are said already to where the next one
+    is said; the head that counts, a layer later, looks away from what is like them, at any distance."""
+    (layer, said), (counting, count), size = HEADS["said"], HEADS["count"], model.config.head_dim
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    attention = model.model.layers[layer].self_attn
     with torch.no_grad():
-        outputs[:, said * size :][:, :size] = -outputs[:, source * size :][:, :size]
+        embedded = model.model.embed_tokens.weight
+        values = attention.v_proj.weight[said // group * size :][:size]
+        scale = embedded.square().mean().sqrt()
+        attention.o_proj.weight[:, said * size :][:, :size] = scale * torch.linalg.pinv(values)
+        block = model.model.layers[counting]
+        of_slow = torch.tensor([*range(_SLOW.start, _SLOW.stop), *range(64 + _SLOW.start, 64 + _SLOW.stop)])
+        keys = block.self_attn.k_proj.weight[count // group * size :][:size][of_slow]
+        alike = F.linear(block.input_layernorm(embedded), keys).square().sum(-1).mean() / size**0.5
+        block.self_attn.q_proj.weight[count * size + of_slow] -= _LOOK_AWAY / alike * keys
 
 
 def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class Sequence:
     offset: from the end of an assignment to a letter of what is assigned.
     source: from a place of an answer to what it copies.
     chain: from a place of a name in an answer to the end of its assignment.
-    count: from before a counted word in an answer to all that is counted.
-    said: from there to the words that are answered already.
+    said: from before a counted word in an answer to the words that are answered already.
+    count: from there to all words that are left to count.
     """
     skip: int = 0
     """Positions left out before the next token."""
