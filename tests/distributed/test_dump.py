@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from launch import ROOT, generate_many, run_tool, write_jsonl
+from launch import ROOT, forked, generate_many, run_tool, write_jsonl
 
 PHASES = ("prefill", "decode")
 COMPARE = ROOT / "tools/compare_dumps.py"
@@ -37,7 +37,7 @@ def dumps(tiny, tmp_path_factory):
 
 def compared(dumps, first, second):
     """(phase, layer, positions) -> largest difference."""
-    done = run_tool(COMPARE, dumps / first, dumps / second)
+    done = forked(1, COMPARE, dumps / first, dumps / second)
     assert done.returncode == 0, done.stderr
     rows = [re.split(r"\s+", line) for line in done.stdout.splitlines()[1:]]
     return {(phase, layer, int(count)): float(largest) for phase, layer, count, largest, *_ in rows}

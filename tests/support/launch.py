@@ -35,7 +35,7 @@ def torchrun(processes: int, *arguments: object, **options):
 
 
 def forked(processes: int, script: Path, *arguments: object, cwd: Path | None = None, timeout: int = 600):
-    """A script of the tests on ranks that start at once (`rank_server`), output captured as by `torchrun`."""
+    """A script on ranks that start at once (`rank_server`), output captured as by `torchrun`."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = {name: Path(folder) / name for name in ("stdout", "stderr")}
         for output in outputs.values():
