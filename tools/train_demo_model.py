@@ -1,11 +1,12 @@
-"""Train assets/ruler_model: a small Llama that answers RULER's questions about long synthetic texts.
+"""Train assets/ruler_model and assets/counting_model: small Llamas that answer RULER's questions about synthetic texts.
 
     python tools/train_demo_model.py --work DIR --target DIR [--hours 1.5]      # again until it says that it is done
+    python tools/train_demo_model.py --work DIR --target DIR --count-from assets/ruler_model
     python tools/train_demo_model.py --evaluate-only DIR [--lengths 2048 8192] [--documents 50]
     python tools/train_demo_model.py --evaluate-only DIR --ruler-prompts FILE [--lengths 4096]
 
-Everything is made here and seeded; nothing is downloaded. Seven choices let so small a model learn to retrieve within
-hours on a CPU core:
+Everything is made here and seeded; nothing is downloaded. Eight choices let so small a model learn to retrieve, or to
+count, within hours on a CPU core:
 
 - every training sequence asks several questions of its text, and only the answers count in the loss;
 - extra losses guide the attention of a few heads (`demo_model/model.py: HEADS`): from a number to all tokens of the key
@@ -18,6 +19,8 @@ hours on a CPU core:
 - half of the channels are left free by embeddings: there the heads that gather a key's tokens write, and the heads that
   match keys read; else all that a place holds beside the key drowned it among many keys;
 - embeddings start large, so that what the first layers add does not drown which token is where;
+- counting starts from the weights that retrieve: a head sees all words that are left, where an answer may go on with
+  any of them each counts as right, and words that are said are carried to where that head looks away from them;
 - a fifth of all words of keys and lists (wonderwords) is kept for measuring.
 """
 
@@ -53,7 +56,6 @@ COUNTING = (
     Stage((1024, 2048), _COUNTING, 150, 4e-4, tokens=4096),
     Stage((4096,), _COUNTING, 50, 3e-4, tokens=8192),
 )
-CURRICULA = {"retrieval": RETRIEVAL, "counting": COUNTING}
 
 
 def train(arguments: argparse.Namespace) -> bool:
@@ -61,7 +63,8 @@ def train(arguments: argparse.Namespace) -> bool:
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(arguments.seed))
     pieces = Pieces(hugging_face_tokenizer(tokenizer, MAX_POSITIONS).backend_tokenizer)
-    training = Training(arguments.work, CURRICULA[arguments.learn], pieces, arguments.seed, arguments.start)
+    stages = COUNTING if arguments.count_from else RETRIEVAL
+    training = Training(arguments.work, stages, pieces, arguments.seed, count_from=arguments.count_from)
     if not training.run(3600 * arguments.hours):
         print(f"{training.hours:.2f} hours so far; the same command goes on")
         return False
@@ -101,8 +104,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", type=Path, metavar="DIR", help="checkpoint to write; must not exist")
     parser.add_argument("--work", type=Path, metavar="DIR", help="state of the training: the next run goes on from it")
-    parser.add_argument("--learn", choices=CURRICULA, default="retrieval", help="what the curriculum trains")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="checkpoint of this tool to start from")
+    parser.add_argument("--count-from", type=Path, metavar="DIR", help="train what counts, from a model that retrieves")
     parser.add_argument("--hours", type=float, default=24.0, help="stop after so many, to go on later")
     parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="measure this checkpoint instead of training")
     parser.add_argument("--demo-document", type=Path, metavar="FILE", help="also write a document to try the model on")

@@ -165,6 +165,15 @@ def test_a_head_that_begins_to_count_looks_away_from_what_is_said():
     assert (others - scores.diag()).mean() > 0.5
 
 
+def test_counting_starts_from_a_model_that_retrieves(pieces, tmp_path):
+    before = build_model(7)
+    before.save_pretrained(tmp_path / "retrieves")
+    after = Training(tmp_path, STAGES, pieces, seed=3, count_from=tmp_path / "retrieves").model.state_dict()
+    changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, after[name])}
+    parts = {"said": "o_proj", "count": "q_proj"}
+    assert changed == {f"model.layers.{HEADS[role][0]}.self_attn.{part}.weight" for role, part in parts.items()}
+
+
 def test_prompts_to_measure_with_are_of_kept_words(pieces, tmp_path):
     def count(text):
         return len(pieces.of(text, new_line=False)[0])

@@ -43,21 +43,21 @@ class Stage:
 
 
 class Training:
-    """A model on its way through the stages, from the checkpoint `start` or from the beginning.
+    """A model on its way through the stages, from the beginning, or to count, from a checkpoint that retrieves.
 
     `folder/state.pt` is written every 50 steps; a run that finds it goes on from there. A step's sequences depend on
     the seed, its stage and its number alone, so runs that were interrupted see the same ones.
     """
 
     def __init__(
-        self, folder: Path, stages: tuple[Stage, ...], pieces: Pieces, seed: int, start: Path | None = None
+        self, folder: Path, stages: tuple[Stage, ...], pieces: Pieces, seed: int, *, count_from: Path | None = None
     ) -> None:
         self._file = folder / "state.pt"
         self._stages, self._pieces, self._seed = stages, pieces, seed
         self._words = words(kept=False)
         self.model: LlamaForCausalLM = build_model(seed)
-        if start is not None:
-            self.model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+        if count_from is not None:
+            self.model.load_state_dict(LlamaForCausalLM.from_pretrained(count_from, dtype=torch.float32).state_dict())
             begin_to_count(self.model)
         self._stage, self._step, self._seconds = 0, 0, 0.0
         self._optimizer = self._new_optimizer()
