@@ -140,7 +140,7 @@ def main() -> None:
             arguments.documents,
             arguments.seed,
         )
-    elif arguments.lengths:
+    elif arguments.lengths and not arguments.count_from:
         evaluate(reader, arguments.lengths, arguments.documents)
 
 

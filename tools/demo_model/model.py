@@ -178,7 +178,7 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Ten
     if "count" in batch.links:
         counts = torch.zeros_like(batch.ids, dtype=torch.bool)
         counts[batch.links["count"][:, 0], batch.links["count"][:, 2]] = True
-        counts = counts[rows, places]
-        states = outputs.hidden_states[HEADS["count"][0] + 1][rows[counts], places[counts]]
-        guides["left"] = _lost(model.lm_head(model.model.norm(states)), may_follow[counts])
+        here = counts[rows, places]
+        states = outputs.hidden_states[HEADS["count"][0] + 1][rows[here], places[here]]
+        guides["left"] = _lost(model.lm_head(model.model.norm(states)), may_follow[here])  # is it known in that layer?
     return _lost(logits, may_follow), guides, torch.bincount(rows, right) / torch.bincount(rows)
