@@ -1,4 +1,4 @@
-"""Train assets/ruler_model: a small Llama that answers RULER's questions about long synthetic texts; or one that counts.
+"""Train assets/ruler_model: a small Llama that answers RULER's questions about long texts; or one that counts words.
 
     python tools/train_demo_model.py --work DIR --target DIR [--hours 1.5]      # again until it says that it is done
     python tools/train_demo_model.py --work DIR --target DIR --count-from assets/ruler_model

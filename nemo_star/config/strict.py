@@ -83,5 +83,5 @@ def _dataclass_at(cls: Any, path: tuple[int | str, ...]) -> Any:
     """The dataclass that keys, and places in a list, lead to from `cls`."""
     for name in (name for name in path if isinstance(name, str)):
         hint = typing.get_type_hints(cls)[name]
-        (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # Group, Group | None, a list
+        (cls,) = (option for option in (hint, *typing.get_args(hint)) if is_dataclass(option))  # in Group | None, too
     return cls
