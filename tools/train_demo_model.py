@@ -118,6 +118,8 @@ def parsed() -> argparse.Namespace:
         parser.error("give either --target or --evaluate-only")
     if arguments.target is not None and arguments.work is None:
         parser.error("--target takes --work DIR, too")
+    if arguments.count_from is not None and not arguments.count_from.is_dir():
+        parser.error(f"--count-from {arguments.count_from} is no directory")
     for file in (arguments.target, arguments.demo_document, arguments.ruler_prompts):
         if file is not None and file.exists():
             parser.error(f"{file} exists already")

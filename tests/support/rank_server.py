@@ -1,9 +1,8 @@
 """Ranks that start at once: forked from a process that has imported already what they need.
 
-torchrun's ranks each import torch, Megatron-core and transformers: 6 s of CPU a rank, a third of all that the tests
-took. Here a process imports them once; started by `launch.forked`, it reads a job a line (JSON) and answers with its
-exit code. What torchrun itself does (its environment but for the port, the end of all ranks when one fails) is tested
-with torchrun.
+torchrun's ranks each import torch, Megatron-core and transformers: seconds of CPU a rank, with which the tests took a
+third longer. Here a process imports them once; started by `launch.forked`, it reads a job a line (JSON) and answers
+with its exit code. What torchrun itself does is tested with torchrun.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -27,7 +27,8 @@ def serve(replies: int) -> None:
     import nemo_star.evaluation.run  # noqa: F401
 
     for line in sys.stdin:
-        assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+        threads = Path("/proc/self/task")
+        assert not threads.exists() or len(list(threads.iterdir())) == 1, "a fork would lose the other threads"
         code = _run(json.loads(line), replies)
         os.write(replies, f"{code}\n".encode())
 
