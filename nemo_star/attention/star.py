@@ -14,12 +14,13 @@ from nemo_star.attention.cache import KVCache, KVShape
 from nemo_star.attention.core import CoreAttention
 from nemo_star.attention.step import Handover, PrefillStep
 from nemo_star.methods.method import Method
-from nemo_star.methods.partition import Block, Partition
+from nemo_star.methods.partition import Block, Partition, length
 from nemo_star.methods.star import Star
 
 
 class StarAttention(CoreAttention):
-    """Phase 1 of the paper: a block attends causally to itself, and in full to the anchor before it.
+    """Phase 1 of the paper: a block attends causally to itself, and in full to the anchor before it. Tokens that it
+    overlaps with are in flight right before its own, and not kept.
 
     Either the anchor's tokens are in flight with the block, as the paper has it (`anchor=recompute`: the tokens are
     [anchor | block] and only the block's K/V are kept), or its K/V come from the rank that computed them
@@ -56,11 +57,11 @@ class StarAttention(CoreAttention):
 
     @classmethod
     def inputs(cls, method: Method, block: Block, context_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """[anchor | block], or the block alone; the anchor's content and positions as in the paper's ablation
+        """[anchor | overlap | block], or without the anchor; the anchor's content and positions as in the paper's ablation
         (table 3)."""
         assert isinstance(method, Star)
         ids, positions = super().inputs(method, block, context_ids, vocab_size)
-        anchor_size = len(ids) - block.tokens
+        anchor_size = 0 if method.shares_anchor else length(block.sees)
         if not anchor_size:
             return ids, positions
         settings, start = method.settings, block.spans[0][0]
@@ -79,7 +80,7 @@ class StarAttention(CoreAttention):
             step.handover.pass_by(self.layer_number)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
-        again = k.shape[0] - step.block.tokens  # the anchor's tokens, where each block recomputes them
+        again = k.shape[0] - step.block.tokens  # the overlap, and the anchor where each block recomputes it
         if self.window is not None:
             out = self.prefill_windowed(q[again:], k[again:], v[again:], step)
             return torch.cat((self.attend(q[:again], k[:again], v[:again]), out)) if again else out

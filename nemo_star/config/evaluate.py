@@ -24,21 +24,23 @@ class Contender:
     anchor_size: int | str | None = None
     anchor: str | None = None
     """CONTENT[:POSITIONS]."""
+    overlap_size: int | str | None = None
 
     @property
     def name(self) -> str:
-        """As in reports: star n/4, star 2048 anchor 0, star:recompute n/4 anchor random."""
+        """As in reports: star n/4, star 2048 anchor 0, star:recompute n/4 anchor random, star n/4 overlap 64."""
         words = [word for word in (self.anchor_size, self.anchor) if word is not None]
         anchor = ["anchor", *words] if words else []
         block = [] if self.block_size is None else [self.block_size]
-        return " ".join(map(str, (self.candidate.word, *block, *anchor)))
+        overlap = [] if self.overlap_size is None else ["overlap", self.overlap_size]
+        return " ".join(map(str, (self.candidate.word, *block, *anchor, *overlap)))
 
     def settings(self, attention: AttentionConfig, length: int) -> AttentionConfig:
         """The group `attention` for contexts of about this length."""
         changes = {"kind": self.candidate.kind}
         changes |= {"anchor": self.candidate.variant} if self.candidate.variant else {}
         changes |= {} if self.anchor is None else anchor_of(self.anchor)
-        sizes = {"block_size": self.block_size, "anchor_size": self.anchor_size}
+        sizes = {"block_size": self.block_size, "anchor_size": self.anchor_size, "overlap_size": self.overlap_size}
         given = {name: size_of(size, length) for name, size in sizes.items() if size is not None}
         return replace(attention, **changes, **given)  # type: ignore[arg-type]
 
@@ -86,6 +88,8 @@ class EvaluateConfig(LLMConfig):
     anchors: tuple[str, ...] = ()
     """Of star: what stands in the anchor's place, CONTENT[:POSITIONS] as of attention.anchor_content and
     attention.anchor_positions, with each size that is not 0; none: as these keys say."""
+    overlap_sizes: tuple[int | str, ...] = ()
+    """Of star: each of these with each block size that is no smaller; none: attention.overlap_size."""
     tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "vt")
     """Of RULER; of BABILong: babilong_qa1 to babilong_qa5, with _offline behind without files; of InfiniteBench:
     passkey, number_string, kv_retrieval; mrcr_2, _4, _8 of openai/mrcr's file, mrcr_like_2, _4, _8 without."""
@@ -121,7 +125,7 @@ class EvaluateConfig(LLMConfig):
         for name in ("compare", "lengths") if self.input else ("compare", "tasks", "lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
-        for name in ("compare", "tasks", "lengths", "block_sizes", "anchor_sizes", "anchors"):
+        for name in ("compare", "tasks", "lengths", "block_sizes", "anchor_sizes", "anchors", "overlap_sizes"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
@@ -129,7 +133,7 @@ class EvaluateConfig(LLMConfig):
             raise ValueError(f"lengths holds {min(self.lengths)}: at least 64 tokens")
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1")
-        for size in (*self.block_sizes, *self.anchor_sizes):
+        for size in (*self.block_sizes, *self.anchor_sizes, *self.overlap_sizes):
             size_of(size, 1)
         for contender in self.contenders():
             method_of(contender.settings(self.attention, min(self.lengths)))
@@ -147,17 +151,20 @@ class EvaluateConfig(LLMConfig):
             blocks = self.block_sizes if method.has_blocks and self.block_sizes else (None,)
             sizes = self.anchor_sizes if method.has_blocks and self.anchor_sizes else (None,)
             anchors = self.anchors if method.ablates_anchor and self.anchors else (None,)
+            overlaps = self.overlap_sizes if method.overlaps and self.overlap_sizes else (None,)
             found += [
-                Contender(candidate, block, size, anchor)
+                Contender(candidate, block, size, anchor, overlap)
                 for block in blocks
                 for size in sizes
-                if self._go_together(block, size)
+                if self._fits(size, block)
                 for anchor in (anchors if size != 0 else (None,))
+                for overlap in overlaps
+                if self._fits(overlap, block)
             ]
         return found
 
-    def _go_together(self, block: int | str | None, anchor: int | str | None) -> bool:
-        """An anchor is a part of the first block; those of a sweep that would be larger are left out."""
-        if block is None or anchor is None:
+    def _fits(self, size: int | str | None, block: int | str | None) -> bool:
+        """Neither an anchor nor an overlap is larger than a block; those of a sweep that would be are left out."""
+        if block is None or size is None:
             return True
-        return all(size_of(anchor, length) <= size_of(block, length) for length in self.lengths)
+        return all(size_of(size, length) <= size_of(block, length) for length in self.lengths)

@@ -2,14 +2,15 @@
 
 K/V of a context's first tokens do not depend on what comes after them, up to a token from which it can go on
 (`Method.goes_on_from`): under star the end of a block, where block and anchor have the same sizes, because a block
-depends on itself and the anchor alone (what else may stand in the anchor's place lies before it, or follows from the
-first block); under exact methods every token; of a summary, which is chosen from the whole context, none. Windowed
+depends on itself and the anchor alone (what it overlaps with, and what else may stand in the anchor's place, lies
+before it, or follows from the first block); under exact methods every token; of a summary, which is chosen from the whole context, none. Windowed
 layers keep the last tokens only, so in a model with such layers that is the one token where the known context itself
 would go on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def first_tokens(partition: Partition, tokens: int) -> Partition:
     """Who holds what of the first tokens."""
     ranks = []
     for blocks in partition.ranks:
-        within = [Block(block.index, clipped(block.spans, 0, tokens), block.sees) for block in blocks]
+        within = [dataclasses.replace(block, spans=clipped(block.spans, 0, tokens)) for block in blocks]
         ranks.append(tuple(block for block in within if block.spans))
     return Partition(tokens, tuple(ranks))
 

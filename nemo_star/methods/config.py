@@ -31,6 +31,10 @@ class AttentionConfig:
     anchor_positions: AnchorPositions = "first"
     """Position ids of the anchor (star; the paper's ablation): those of the `first` block; those right before the block
     (`previous`); drawn from all before the block (`random`). Others than `first` need anchor=recompute."""
+    overlap_size: int = 0
+    """Tokens right before a block that run through the layers with it, once more, and are not kept (star): what an edge
+    between blocks would cut in two, such as a sentence, is seen whole by the block that has its end. Tokens of the
+    anchor are left out, being seen anyway."""
     sink_size: int = 4
     """Tokens at the start of the context that every block sees (summary)."""
     chunk_size: int = 32
@@ -49,6 +53,13 @@ class AttentionConfig:
             raise ValueError(
                 f"attention.anchor_size={self.anchor_size} is larger than attention.block_size={self.block_size}: "
                 "the anchor is a part of the first block"
+            )
+        if self.overlap_size < 0:
+            raise ValueError(f"attention.overlap_size={self.overlap_size} must be 0 (no overlap) or more tokens")
+        if self.block_size is not None and self.overlap_size > self.block_size:
+            raise ValueError(
+                f"attention.overlap_size={self.overlap_size} is larger than attention.block_size={self.block_size}: "
+                "a block overlaps the one before it"
             )
         if self.sink_size < 0:
             raise ValueError(f"attention.sink_size={self.sink_size} must be 0 (no sink) or more tokens")

@@ -78,6 +78,8 @@ class Method(ABC):
     """Values of `attention.anchor` that it tells apart: `compare` takes `kind:variant`."""
     ablates_anchor: ClassVar[bool] = False
     """Whether `attention.anchor_content` and `attention.anchor_positions` decide what its blocks see."""
+    overlaps: ClassVar[bool] = False
+    """Whether its blocks may overlap (`attention.overlap_size`)."""
 
     def __init__(self, settings: AttentionConfig) -> None:
         self.settings = settings

@@ -21,6 +21,8 @@ class Block:
     index: int
     spans: tuple[Span, ...]
     sees: tuple[Span, ...] = ()
+    overlap: tuple[Span, ...] = ()
+    """Tokens of earlier blocks that are in flight with this one, once more, right before its own; not kept."""
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,9 @@ dealt out in rounds instead (block b to rank b mod cp): neighbours run side by s
 The anchor is computed once and handed to the other ranks (`attention.anchor=shared`), or
 its tokens run through the layers again with every block, as published (`recompute`).
 
+Blocks may overlap (`attention.overlap_size`, not in the paper): the tokens right before a block run through the layers
+with it, once more, so that it sees whole what its first edge cuts in two. Only the K/V of its own tokens are kept.
+
 What stands in the anchor's place, and at which positions, can be changed as in the paper's ablation ("Position and
 content of the anchor block", table 3): `attention.anchor_content`, `attention.anchor_positions`. The
 published setting is the first block's tokens at the first block's positions.
@@ -38,6 +41,7 @@ class Star(Method):
     takes_windows = True
     variants: ClassVar[tuple[str, ...]] = ("shared", "recompute")
     ablates_anchor = True
+    overlaps = True
     in_rounds = False
     """How blocks are dealt out."""
 
@@ -64,6 +68,11 @@ class Star(Method):
     def with_windows(self) -> Star:
         if self._is_ablated:
             raise ValueError(f"{self._ablation} does not take models with windowed layers or sinks")
+        if self.settings.overlap_size:
+            raise ValueError(
+                f"attention.overlap_size={self.settings.overlap_size} does not take models with windowed layers or "
+                "sinks: set it to 0"
+            )
         windowed = copy.copy(self)
         windowed.in_rounds = True
         return windowed
@@ -88,6 +97,12 @@ class Star(Method):
                 f"attention.anchor_size={anchor_size} is larger than the block size {block_size} "
                 f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
                 "the anchor is a part of the first block"
+            )
+        if settings.overlap_size > block_size:
+            raise ValueError(
+                f"attention.overlap_size={settings.overlap_size} is larger than the block size {block_size} "
+                f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
+                "a block overlaps the one before it"
             )
         return block_size, anchor_size
 
@@ -122,7 +137,8 @@ class Star(Method):
         about: list[str] = [settings.anchor]
         if self._is_ablated:
             about += [f"content {settings.anchor_content}", f"positions {settings.anchor_positions}"]
-        return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)})"
+        overlap = f", overlap of {settings.overlap_size} tokens" if settings.overlap_size else ""
+        return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)}){overlap}"
 
     def warning(self, context_tokens: int) -> str | None:
         size = self.settings.block_size
@@ -131,15 +147,17 @@ class Star(Method):
         return f"attention.block_size is {size} tokens (tokens, not K): is that meant?"
 
     def in_flight(self, block: Block) -> tuple[Span, ...]:
-        return block.spans if self.shares_anchor else (*block.sees, *block.spans)
+        own = (*block.overlap, *block.spans)
+        return own if self.shares_anchor else (*block.sees, *own)
 
     def pairs(self, block: Block) -> int:
-        """Causal in itself, all of the anchor, causal in a recomputed anchor."""
-        anchor = length(block.sees)
+        """Causal in itself and its overlap, all of the anchor, causal in a recomputed anchor."""
+        anchor, own = length(block.sees), length(block.overlap) + block.tokens
         again = 0 if self.shares_anchor else triangle(anchor)
-        return triangle(block.tokens) + block.tokens * anchor + again
+        return triangle(own) + own * anchor + again
 
-    # A hundred million tokens may be a million blocks, of which three differ: the first, a full one, the last.
+    # A hundred million tokens may be a million blocks, of which four differ: the first, the second, which overlaps with
+    # what is no anchor only, a full one, the last.
 
     def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
         return self._counted(context_tokens, self._numbers(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank))
@@ -197,23 +215,23 @@ class Star(Method):
         return range(start, start + share + (cp_rank < extra))
 
     def _counted(self, context_tokens: int, numbers: range) -> list[CountedBlock]:
-        """These blocks of the context: the first, one full one for all those between, the last."""
+        """These blocks of the context: the first, one full one for all those between (where blocks overlap, the second
+        by itself), the last."""
         last = self.num_blocks(context_tokens, 1) - 1
-        counted = []
-        if 0 in numbers:
-            counted.append((self._block(0, context_tokens), 1))
-        between = [number for number in (numbers[:2] if numbers else ()) if 0 < number < last]
+        alone = sorted({0, last, *((1,) if self.settings.overlap_size else ())} & set(numbers))
+        between = [number for number in numbers[:3] if number not in alone]
+        counted = [(self._block(number, context_tokens), 1) for number in alone]
         if between:
-            count = len(numbers) - (0 in numbers) - (last in numbers)
-            counted.append((self._block(between[0], context_tokens), count))
-        if last in numbers and last > 0:
-            counted.append((self._block(last, context_tokens), 1))
-        return counted
+            counted.append((self._block(between[0], context_tokens), len(numbers) - len(alone)))
+        return sorted(counted, key=lambda block: block[0].index)
 
     def _block(self, index: int, context_tokens: int) -> Block:
-        """The block of this number, which sees the anchor: of the first block, or right before it."""
+        """The block of this number, which sees the anchor (of the first block, or right before it) and what it overlaps
+        with."""
         block_size, anchor_size = self.sizes(context_tokens)
         start = index * block_size
         first = start - anchor_size if self.settings.anchor_content == "previous" else 0
         seen = ((first, first + anchor_size),) if index and anchor_size else ()
-        return Block(index, ((start, min(start + block_size, context_tokens)),), seen)
+        again = max(start - self.settings.overlap_size, first + anchor_size)
+        overlap = ((again, start),) if index and again < start else ()
+        return Block(index, ((start, min(start + block_size, context_tokens)),), seen, overlap)

@@ -36,6 +36,7 @@ class Summary(Star):
     takes_windows = False
     variants = ()
     ablates_anchor = False
+    overlaps = False
     with_windows = Method.with_windows  # type: ignore[assignment]
 
     @property

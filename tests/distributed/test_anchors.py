@@ -1,5 +1,5 @@
-"""What else may stand in the anchor's place, the paper's ablation and a summary: against transformers, in float64, with
-the anchor's tokens put before each block by hand."""
+"""What else may stand before a block, the paper's ablation, a summary and what blocks overlap with: against transformers, in float64, with
+these tokens put before each block by hand."""
 
 import math
 from collections import Counter
@@ -38,6 +38,11 @@ QUICK = {
     "constant": (("star", "constant", "first"), CP2),
     "random": (("star", "random", "first"), CP2),
     "shuffled": (("star", "shuffled", "first"), CP2),
+    "overlap": (("overlap", 5, "shared"), CP2),
+    "overlap, recomputed": (("overlap", 12, "recompute"), CP2),
+    "overlap, one rank": (("overlap", 12, "shared"), CP1),
+    "overlap, tensor parallel": (("overlap", 5, "shared"), TP2),
+    "overlap, two stages": (("overlap", 5, "recompute"), PP2),
     "summary": (("summary", "a short last block"), CP2),
     "summary, one rank": (("summary", "a short last block"), CP1),
     "summary, two stages": (("summary", "a short last block"), PP2),
@@ -48,6 +53,12 @@ SLOW = {
     for positions in ("first", "previous", "random")
     for layout in (CP1, CP2)
 } | {f"{name}, {layout}": (("summary", name), layout) for name in SUMMARIES for layout in (CP1, CP2, TP2)}
+SLOW |= {
+    f"overlap {size}, {anchor}, {layout}": (("overlap", size, anchor), layout)
+    for size in (1, 5, 12, 16)
+    for anchor in ("shared", "recompute")
+    for layout in (CP1, CP2, TP2, PP2)
+}
 RUNS = QUICK | {name: run for name, run in SLOW.items() if run not in QUICK.values()}
 """Name -> what stands in the anchor's place, and the layout."""
 STAR_SIZES = (16, 7)
@@ -64,15 +75,10 @@ def settings(case):
             "sink_size": sink,
             "chunk_size": chunk,
         }
-    block, anchor = STAR_SIZES
-    return {
-        "kind": "star",
-        "block_size": block,
-        "anchor_size": anchor,
-        "anchor": "recompute",
-        "anchor_content": case[1],
-        "anchor_positions": case[2],
-    }
+    sizes = dict(zip(("block_size", "anchor_size"), STAR_SIZES, strict=True))
+    if case[0] == "overlap":
+        return {"kind": "star", **sizes, "overlap_size": case[1], "anchor": case[2]}
+    return {"kind": "star", **sizes, "anchor": "recompute", "anchor_content": case[1], "anchor_positions": case[2]}
 
 
 def star_anchors(context, content, positions):
@@ -97,6 +103,15 @@ def star_anchors(context, content, positions):
                 (ids, {"first": range(size), "previous": range(start - size, start), "random": at}[positions])
             )
     return anchors
+
+
+def overlap_anchors(context, overlap, anchor):
+    """Of each block: the anchor, and what of the tokens right before the block is none of it."""
+    block, size = STAR_SIZES
+    before = [[]]
+    for start in range(block, CONTEXT, block):
+        before.append([*range(size), *range(max(size, start - overlap), start)])
+    return [([context[place] for place in places], places) for places in before]
 
 
 def summary_anchors(context, name):
@@ -149,7 +164,8 @@ def done(request, tmp_path_factory):
         results[names[number]] = read_jsonl(folder / f"{number}.jsonl")[0], logits
     expected = {}
     for case in dict.fromkeys(RUNS[name][0] for name in names):
-        anchors = (star_anchors if case[0] == "star" else summary_anchors)(context, *case[1:])
+        by_hand = {"star": star_anchors, "overlap": overlap_anchors, "summary": summary_anchors}
+        anchors = by_hand[case[0]](context, *case[1:])
         block = settings(case)["block_size"]
         expected[case] = anchored_greedy(model, context, query, STEPS, block=block, anchors=anchors)
         if case == ("star", "first", "first"):
@@ -185,6 +201,6 @@ def test_logits_and_tokens_are_those_of_anchors_put_before_each_block(done, name
 
 def test_no_anchor_can_be_taken_for_another(done):
     _, expected = done
-    first = [logits[0] for _, logits in expected.values()]
+    first = [logits[0] for case, (_, logits) in expected.items() if case[-1] != "recompute"]  # as where it is shared
     apart = [float((one - other).abs().max()) for i, one in enumerate(first) for other in first[:i]]
     assert min(apart) > 5e-3

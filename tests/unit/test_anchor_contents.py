@@ -1,4 +1,4 @@
-"""What else may stand in the anchor's place: what is drawn and chosen, and what contexts that begin alike share."""
+"""What else may stand before a block: what is drawn and chosen, and what contexts that begin alike share."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ ABLATED = {"block_size": 32, "anchor_size": 20, "anchor": "recompute"}
 CASES = {
     "previous block": {**ABLATED, "anchor_content": "previous", "anchor_positions": "previous"},
     "random": {**ABLATED, "anchor_content": "random", "anchor_positions": "random"},
+    "overlap": {"block_size": 32, "anchor_size": 20, "overlap_size": 15},
     "summary": {"kind": "summary", "block_size": 32, "anchor_size": 20, "chunk_size": 4},
 }
 VOCABULARY = 256
@@ -83,6 +84,31 @@ def test_what_cannot_be_shared_or_windowed_is_refused(changes):
     method_of(AttentionConfig(kind="summary", **changes))  # which does not use them
     with pytest.raises(ValueError, match="does not take models with windowed layers"):
         method_of(AttentionConfig(anchor="recompute", **changes), windows=True)
+
+
+def test_blocks_do_not_overlap_in_models_with_windows():
+    with pytest.raises(ValueError, match="attention.overlap_size=8 does not take models with windowed layers"):
+        method_of(AttentionConfig(overlap_size=8), windows=True)
+    method_of(AttentionConfig(kind="summary", overlap_size=8))  # which does not use it
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"overlap_size": -1}, "attention.overlap_size=-1 must be 0"),
+        ({"overlap_size": 33, "block_size": 32}, "overlap_size=33 is larger than attention.block_size=32"),
+    ],
+)
+def test_an_overlap_is_a_part_of_a_block(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**sizes)
+
+
+def test_an_overlap_that_is_larger_than_the_default_block_is_refused():
+    method = method_of(AttentionConfig(overlap_size=26))
+    assert method.describe(104).endswith("(shared), overlap of 26 tokens")
+    with pytest.raises(ValueError, match="overlap_size=26 is larger than the block size 25"):
+        method.sizes(100)
 
 
 def test_a_summary_is_not_for_windows():

@@ -59,6 +59,19 @@ def test_a_sweep_over_what_stands_in_the_anchor_s_place():
     ]
 
 
+def test_a_sweep_over_overlaps():
+    config = EvaluateConfig(
+        **COMMON, compare=("dense", "star", "summary"), block_sizes=("n/4", 48), overlap_sizes=(0, 64)
+    )
+    contenders = config.contenders()
+    assert [each.name for each in contenders] == [
+        "dense",
+        *("star n/4 overlap 0", "star n/4 overlap 64", "star 48 overlap 0"),
+        *("summary n/4", "summary 48"),
+    ]
+    assert [each.settings(AttentionConfig(), 4096).overlap_size for each in contenders[1:3]] == [0, 64]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 
@@ -81,6 +82,26 @@ def test_the_ablation_counts_what_the_published_anchor_does():
     for content in ("previous", "random"):
         ablated = {"anchor_content": content, "anchor_positions": "previous"}
         assert flops("star", 10, **sizes, **ablated) == flops("star", 10, **sizes)
+
+
+def test_an_overlap_counts_again():
+    # 4 blocks of 10, 10, 10 and 5 tokens; an anchor of 8; before block 1 the 2 tokens that are no anchor, then 6
+    sizes = {"block_size": 10, "anchor_size": 8, "overlap_size": 6}
+    own = (10, 12, 16, 11)
+    pairs = sum(tokens * (tokens + 1) // 2 for tokens in own) + 8 * sum(own[1:])
+    for cp_size in (1, 2, 5):
+        assert flops("star", 35, cp_size, **sizes) == sum(own) * LINEAR + pairs * PAIR
+        recomputed = pairs + 3 * 8 * 9 // 2
+        assert flops("star", 35, cp_size, anchor="recompute", **sizes) == (sum(own) + 24) * LINEAR + recomputed * PAIR
+
+
+def test_blocks_alike_are_counted_as_they_are_dealt_out():
+    for overlap, tokens, cp_size in itertools.product((0, 1, 4, 10), (5, 10, 11, 35, 97), (1, 2, 3, 5)):
+        method = method_of(AttentionConfig(block_size=10, anchor_size=8, overlap_size=overlap))
+        for rank, blocks in enumerate(method.partition(tokens, cp_size).ranks):
+            counted = method.rank_blocks(tokens, cp_size, rank)
+            assert sum(count for _, count in counted) == len(blocks)
+            assert sum(count * method.pairs(block) for block, count in counted) == sum(map(method.pairs, blocks))
 
 
 def test_a_summary_counts_what_each_block_sees():

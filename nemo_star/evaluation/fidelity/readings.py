@@ -46,7 +46,7 @@ def hidden(rows: Rows, blocks: Sequence[Block]) -> Tensor:
     for block in blocks:
         part = rows.between(*block.spans[0])
         before = part.mass((0, block.spans[0][0])).sum(dim=(1, 2))
-        seen = sum(part.mass(span).sum(dim=(1, 2)) for span in block.sees)
+        seen = sum(part.mass(span).sum(dim=(1, 2)) for span in (*block.sees, *block.overlap))
         cells.append((before - seen).clamp_min(0.0))
     return torch.stack(cells, dim=1)
 
