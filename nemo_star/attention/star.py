@@ -57,7 +57,7 @@ class StarAttention(CoreAttention):
 
     @classmethod
     def inputs(cls, method: Method, block: Block, context_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """[anchor | overlap | block], or without the anchor; the anchor's content and positions as in the paper's ablation
+        """[anchor | overlap | block], or without the anchor; its content and positions as in the paper's ablation
         (table 3)."""
         assert isinstance(method, Star)
         ids, positions = super().inputs(method, block, context_ids, vocab_size)

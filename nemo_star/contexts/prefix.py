@@ -3,9 +3,9 @@
 K/V of a context's first tokens do not depend on what comes after them, up to a token from which it can go on
 (`Method.goes_on_from`): under star the end of a block, where block and anchor have the same sizes, because a block
 depends on itself and the anchor alone (what it overlaps with, and what else may stand in the anchor's place, lies
-before it, or follows from the first block); under exact methods every token; of a summary, which is chosen from the whole context, none. Windowed
-layers keep the last tokens only, so in a model with such layers that is the one token where the known context itself
-would go on.
+before it, or follows from the first block); under exact methods every token; of a summary, which is chosen from the
+whole context, none. Windowed layers keep the last tokens only, so in a model with such layers that is the one token
+where the known context itself would go on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What else may stand before a block, the paper's ablation, a summary and what blocks overlap with: against transformers, in float64, with
-these tokens put before each block by hand."""
+"""What else may stand before a block, the paper's ablation, a summary and what blocks overlap with: against
+transformers, in float64, with these tokens put before each block by hand."""
 
 import math
 from collections import Counter
