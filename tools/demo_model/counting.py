@@ -21,9 +21,6 @@ _MIN_FOR_TEN = 1500
 """Tokens of a sequence from which ten words are common, as in RULER."""
 _MIN_FOR_EXAMPLE = 500
 """Tokens of a sequence from which an example may come first; in RULER it always does."""
-_SINK = 10
-"""Words said that the first token of a sequence counts for: attention is shared by all that is said, and each of ten
-words has to tell nearly as much as the first one."""
 
 Found = dict[str, list[list[int]]]
 """A word -> the places of its pieces, wherever it is listed."""
@@ -104,7 +101,8 @@ def _answer(sequence: Sequence, words: list[tuple[str, str]], found: Found, *, e
             sequence.answers[piece - 1] = sorted(alike)
         left = [place for place in firsts if sequence.ids[place] not in tokens_said]
         sequence.link("count", pieces[0] - 1, left or firsts)
-        sequence.link("said", pieces[0] - 1, [0] * _SINK + [before[0] for before in said[:number]])
+        if number:
+            sequence.link("said", pieces[0] - 1, [before[0] for before in said[:number]])
         tokens_said.add(sequence.ids[pieces[0]])
         _gather(sequence, pieces)
         for place, piece in enumerate(pieces[1:], 1):

@@ -21,10 +21,8 @@ _FREE = slice(128, 256)
 """Channels that embeddings leave free: what the gathering head finds is written there, and nothing else at first."""
 _SLOW = slice(24, 64)
 """Pairs of a head's channels that rotate by less than a radian over 8,192 tokens."""
-_LOOK_AWAY = 12.0
+_LOOK_AWAY = 8.0
 """How much less, in the exponent, a head that begins to count attends to a word that is all that was said."""
-_CARRIED = 16.0
-"""How large, beside embeddings, is what a head carries that attends to said words alone."""
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -81,34 +79,20 @@ def _read_what_is_gathered(keys: Tensor) -> None:
 
 def begin_to_count(model: LlamaForCausalLM) -> None:
     """Two heads that have not learned to do so yet: one carries the words that are said already to where the next one
-    is said, in channels of their own; the head that counts, a layer later, looks away from what is like them, at any
-    distance."""
+    is said; the head that counts, a layer later, looks away from what is like them, at any distance."""
     (layer, said), (counting, count), size = HEADS["said"], HEADS["count"], model.config.head_dim
     group = model.config.num_attention_heads // model.config.num_key_value_heads
-    of_words = slice(0, _FREE.start)
-    carrying, block = model.model.layers[layer], model.model.layers[counting]
-    attention = carrying.self_attn
-    of_slow = torch.tensor([*range(_SLOW.start, _SLOW.stop), *range(64 + _SLOW.start, 64 + _SLOW.stop)])
+    attention = model.model.layers[layer].self_attn
     with torch.no_grad():
         embedded = model.model.embed_tokens.weight
         values = attention.v_proj.weight[said // group * size :][:size]
-        outputs = torch.zeros_like(values.T)
-        outputs[_FREE] = _CARRIED * torch.linalg.pinv(values)[of_words] * embedded.square().mean().sqrt()
-        sink = F.linear(carrying.input_layernorm(_state_of_sink(model, layer)), values)
-        outputs -= torch.outer(outputs @ sink, sink) / sink.square().sum()  # attention to the sink carries nothing
-        attention.o_proj.weight[:, said * size :][:, :size] = outputs
+        scale = embedded.square().mean().sqrt()
+        attention.o_proj.weight[:, said * size :][:, :size] = scale * torch.linalg.pinv(values)
+        block = model.model.layers[counting]
+        of_slow = torch.tensor([*range(_SLOW.start, _SLOW.stop), *range(64 + _SLOW.start, 64 + _SLOW.stop)])
         keys = block.self_attn.k_proj.weight[count // group * size :][:size][of_slow]
         alike = F.linear(block.input_layernorm(embedded), keys).square().sum(-1).mean() / size**0.5
-        scale = block.input_layernorm.weight
-        away = keys[:, of_words] * scale[of_words] / scale[_FREE]
-        queries = block.self_attn.q_proj.weight
-        queries[count * size + of_slow, _FREE] -= _LOOK_AWAY / alike * away
-
-
-def _state_of_sink(model: LlamaForCausalLM, layer: int) -> Tensor:
-    """What the layer reads of the first token; it sees itself alone."""
-    first = torch.tensor([[BOS]])
-    return model.model(input_ids=first, use_cache=False, output_hidden_states=True).hidden_states[layer][0, 0]
+        block.self_attn.q_proj.weight[count * size + of_slow] -= _LOOK_AWAY / alike * keys
 
 
 def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:
