@@ -23,6 +23,7 @@ CONTENDERS = {
     "recomputed": {"block_size": 25, "anchor_size": 25, "anchor": "recompute"},
     "one block": {"block_size": CONTEXT, "anchor_size": CONTEXT},
 }
+OVERLAP = {"block_size": 20, "anchor_size": 6, "overlap_size": 7}
 FAMILIES = ("llama-yarn", "gpt-oss")
 """The second has windows in every other layer, and sinks."""
 LAYOUTS = {"dp 2": (1, 1, 1), "cp 2": (1, 2, 1), "tp 2": (2, 1, 1), "pp 2": (1, 1, 2)}
@@ -62,11 +63,11 @@ class Oracle:
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), (ours.argmax(-1) == theirs.argmax(-1)).int().tolist()
 
-    def lost(self, block, anchor):
+    def lost(self, block, anchor, overlap=0):
         """[layers, heads, rows]: dense attention's mass on hidden keys."""
         attention = self.run(CONTEXT, CONTEXT)[1]
         rows = torch.arange(CONTEXT)
-        hidden = (rows[None] >= anchor) & (rows[None] < (rows[:, None] // block) * block)
+        hidden = (rows[None] >= anchor) & (rows[None] < (rows[:, None] // block) * block - overlap)
         return (attention[:, :, :CONTEXT, :CONTEXT] * hidden).sum(-1)
 
     def first_tokens(self, block, mask, where):
@@ -100,7 +101,7 @@ def done(request, tmp_path_factory, demo):
                 "checkpoint": str(folder / family / "converted"),
                 "layout": LAYOUTS[layout],
                 "sample": sample | {"answer": answer},
-                "contenders": CONTENDERS,
+                "contenders": CONTENDERS | ({} if family == "gpt-oss" else {"overlap": OVERLAP}),
                 "max_tokens": ANSWER,
                 "rows": 1000,
             }
@@ -173,6 +174,16 @@ def test_lost_mass_is_that_of_transformers(done, family, layout, contender):
     assert line["block"] == int(sums.argmax())
     assert line["known_block"] == 33 // block
     assert line["blocks"] == len(sums)
+
+
+@pytest.mark.parametrize(("family", "layout"), [run for run in RUNS if run.values[0] == "llama-yarn"])
+def test_what_a_block_overlaps_with_is_not_lost(done, family, layout):
+    line, oracle = lines(done, family, layout, "overlap"), done[1][family]
+    lost = oracle.lost(*OVERLAP.values())
+    block = OVERLAP["block_size"]
+    expected = lost[:, :, block:].mean(-1)
+    torch.testing.assert_close(torch.tensor(line["lost"]).double(), expected, atol=TOLERANCE, rtol=1e-4)
+    assert (expected < torch.tensor(lines(done, family, layout, "small anchor")["lost"])).all()
 
 
 @pytest.mark.parametrize("contender", [name for name in CONTENDERS if name != "one block"])
