@@ -218,7 +218,8 @@ class Star(Method):
         """These blocks of the context: the first, one full one for all those between (where blocks overlap, the second
         by itself), the last."""
         last = self.num_blocks(context_tokens, 1) - 1
-        alone = sorted({0, last, *((1,) if self.settings.overlap_size else ())} & set(numbers))
+        differ = {0, last, *((1,) if self.settings.overlap_size else ())}
+        alone = [number for number in differ if number in numbers]
         between = [number for number in numbers[:3] if number not in alone]
         counted = [(self._block(number, context_tokens), 1) for number in alone]
         if between:
