@@ -101,8 +101,6 @@ def _answer(sequence: Sequence, words: list[tuple[str, str]], found: Found, *, e
             sequence.answers[piece - 1] = sorted(alike)
         left = [place for place in firsts if sequence.ids[place] not in tokens_said]
         sequence.link("count", pieces[0] - 1, left or firsts)
-        firsts_left = [places[0] for later, _ in enumerate(words[number:], number) for places in found[words[later][1]]]
-        sequence.link("best", pieces[0] - 1, firsts_left)
         if number:
             sequence.link("said", pieces[0] - 1, [before[0] for before in said[:number]])
         tokens_said.add(sequence.ids[pieces[0]])

@@ -13,7 +13,7 @@ from demo_model.tokenizer import BOS, EOS, VOCABULARY
 
 MAX_POSITIONS = 8192
 ROPE_THETA = 1e12
-HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "said": (1, 3), "count": (2, 3), "best": (3, 3)}
+HEADS = {"gather": (1, 0), "offset": (1, 2), "source": (2, 0), "chain": (2, 2), "said": (1, 3), "count": (2, 3)}
 """Role -> layer and head that is guided."""
 
 
@@ -95,23 +95,6 @@ def begin_to_count(model: LlamaForCausalLM) -> None:
         block.self_attn.q_proj.weight[count * size + of_slow] -= _LOOK_AWAY / alike * keys
 
 
-def look_for_what_is_found(model: LlamaForCausalLM) -> None:
-    """A head of the last layer begins to attend to words that are like what the counting head found, and to copy them:
-    many words that are mixed in few channels look like others, which a second look tells apart."""
-    (layer, head), size = HEADS["best"], model.config.head_dim
-    group = head // (model.config.num_attention_heads // model.config.num_key_value_heads)
-    attention = model.model.layers[layer].self_attn
-    of_group = slice(group * size, (group + 1) * size)
-    of_slow = torch.tensor([*range(_SLOW.start, _SLOW.stop), *range(64 + _SLOW.start, 64 + _SLOW.stop)])
-    with torch.no_grad():
-        keys, values = attention.k_proj.weight[of_group], attention.v_proj.weight[of_group]
-        queries = attention.q_proj.weight[head * size :][:size]
-        queries.zero_()
-        queries[of_slow] = keys[of_slow]
-        scale = model.model.embed_tokens.weight.square().mean().sqrt()
-        attention.o_proj.weight[:, head * size :][:, :size] = scale * torch.linalg.pinv(values)
-
-
 def guide_loss(model: LlamaForCausalLM, role: str, states: Tensor, positions: Tensor, links: Tensor) -> Tensor:
     """How far the attention of the role's head is from even attention to the targets of each place: their mean KL.
 
@@ -160,7 +143,7 @@ def _copied_loss(model: LlamaForCausalLM, role: str, states: Tensor, batch: Batc
     row, _, place, target = batch.links[role].T
     values = F.linear(block.input_layernorm(states[row, target]), attention.v_proj.weight[group * size :][:size])
     outputs = F.linear(values, attention.o_proj.weight[:, head * size :][:, :size])
-    copied = target if role in {"count", "best"} else place + 1
+    copied = target if role == "count" else place + 1
     return F.cross_entropy(model.lm_head(model.model.norm(states[row, place] + outputs)), batch.ids[row, copied])
 
 
@@ -190,7 +173,7 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Ten
     }
     if "offset" in batch.links:
         guides["carried"] = _carried_loss(model, outputs.hidden_states[HEADS["offset"][0] + 1], batch)
-    for role in {"source", "chain", "count", "best"} & set(batch.links):
+    for role in {"source", "chain", "count"} & set(batch.links):
         guides[f"copied {role}"] = _copied_loss(model, role, outputs.hidden_states[HEADS[role][0]], batch)
     if "count" in batch.links:
         counts = torch.zeros_like(batch.ids, dtype=torch.bool)
