@@ -145,10 +145,11 @@ class CoreAttention(nn.Module):
 
     def prefill_windowed(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
         """Prefill of a windowed layer, the same under every method whose ranks have spans with all heads: q, k and v of
-        the block's own tokens."""
+        the block's own tokens, and of those that it overlaps with before them."""
         assert step.preceding is not None
-        before = step.preceding.before(self.layer_number, k, v, step.number)
-        self.keep(k, v, step)
+        own = slice(k.shape[0] - step.block.tokens, None)
+        before = step.preceding.before(self.layer_number, k[own], v[own], step.number)
+        self.keep(k[own], v[own], step)
         outs, start = [q[:0]], 0
         for (first, last), (keys, values) in zip(_filled(step), before, strict=True):
             rows = slice(start, start + last - first)
@@ -243,7 +244,7 @@ def window_of(config: TransformerConfig, layer_number: int) -> int | None:
 
 
 def _filled(step: PrefillStep) -> list[Span]:
-    return [span for span in step.block.spans if span[0] < span[1]]
+    return [span for span in step.block.widened if span[0] < span[1]]
 
 
 def _joined(partials: list[Partial]) -> Partial:

@@ -1,9 +1,9 @@
 """K/V of the tokens right before a block, which its windowed layers see: from however many blocks and ranks these are.
 
 A windowed layer sees the `window - 1` tokens before each of its own, and no anchor, so a block needs the last of what
-comes before it. Ranks go through their blocks in rounds, and before a layer attends they exchange what others need of
-the blocks of this round, and of earlier ones: one batch of sends and receives a layer. What is sent and what is taken
-follows from the partition, alike on all ranks.
+comes before it; where it overlaps with tokens before it, of what comes before these. Ranks go through their blocks in
+rounds, and before a layer attends they exchange what others need of the blocks of this round, and of earlier ones: one
+batch of sends and receives a layer. What is sent and what is taken follows from the partition, alike on all ranks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class _Round:
 
     own: tuple[Span, ...]
     """Tokens that its block encodes."""
+    begins: tuple[int, ...]
+    """Of each of these spans, with what it overlaps with."""
     sent: dict[int, tuple[Span, ...]]
     taken: dict[int, tuple[Span, ...]]
     """From itself, too."""
@@ -69,10 +71,12 @@ class PrecedingKV:
         self._kept: dict[int, list[Piece]] = {}
 
     def before(self, layer_number: int, k: Tensor, v: Tensor, number: int) -> list[tuple[Tensor, Tensor]]:
-        """The k, v [tokens, b, ng, hn] right before each of the block's spans; all ranks of the group ask together.
+        """The k, v [tokens, b, ng, hn] right before each of the block's spans, and before what it overlaps with; all
+        ranks of the group ask together.
 
         Args:
-            k, v: of this rank's block in round `number`, [tokens, b, ng, hn]; none, where it has no block.
+            k, v: of the own tokens of this rank's block in round `number`, [tokens, b, ng, hn]; none, where it has no
+                block.
         """
         planned = self._rounds[number]
         held = self._kept.pop(layer_number, []) if number else self._cached(layer_number, k.dtype)
@@ -88,7 +92,7 @@ class PrecedingKV:
             self._kept[layer_number] = [(span, keys.clone(), values.clone()) for span, keys, values in kept]
         arrived += [piece for span in planned.taken.get(self._group.rank(), ()) for piece in _cut(held, *span)]
         arrived.sort(key=lambda piece: piece[0])
-        return [self._joined(_cut(arrived, max(0, begin - self._reach), begin), k, v) for begin, _ in planned.own]
+        return [self._joined(_cut(arrived, max(0, begin - self._reach), begin), k, v) for begin in planned.begins]
 
     def _cached(self, layer_number: int, dtype: torch.dtype) -> list[Piece]:
         """What this rank held before the first round: the last tokens of its cache."""
@@ -129,6 +133,7 @@ class PrecedingKV:
         held = {rank: self._available(rank, number) for rank in everyone}
         return _Round(
             own=tuple(span for span in self._block(mine, number) if span[0] < span[1]),
+            begins=tuple(start for start, stop in self._widened(mine, number) if start < stop),
             sent={rank: spans for rank in everyone if rank != mine and (spans := _overlap(held[mine], needs[rank]))},
             taken={rank: spans for rank in everyone if (spans := _overlap(held[rank], needs[mine]))},
             kept_from=self._kept_from(number),
@@ -138,10 +143,14 @@ class PrecedingKV:
         blocks = self._partition.ranks[rank]
         return blocks[number].spans if number < len(blocks) else ()
 
+    def _widened(self, rank: int, number: int) -> tuple[Span, ...]:
+        blocks = self._partition.ranks[rank]
+        return blocks[number].widened if number < len(blocks) else ()
+
     def _needed(self, rank: int, number: int) -> tuple[Span, ...]:
         """What a rank needs beyond its own block, each token once."""
         spans: list[Span] = []
-        for start, stop in self._block(rank, number):
+        for start, stop in self._widened(rank, number):
             if start < stop:
                 first = max(0, start - self._reach, spans[-1][1] if spans else 0)
                 spans.append((first, max(first, start)))
@@ -155,7 +164,7 @@ class PrecedingKV:
 
     def _kept_from(self, number: int) -> int:
         later = [block for blocks in self._partition.ranks for block in blocks[number + 1 :]]
-        starts = [start for block in later for start, stop in block.spans if start < stop]
+        starts = [start for block in later for start, stop in block.widened if start < stop]
         return max(0, min(starts, default=self._partition.context_tokens) - self._reach)
 
     @staticmethod

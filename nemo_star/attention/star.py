@@ -82,8 +82,9 @@ class StarAttention(CoreAttention):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
         again = k.shape[0] - step.block.tokens  # the overlap, and the anchor where each block recomputes it
         if self.window is not None:
-            out = self.prefill_windowed(q[again:], k[again:], v[again:], step)
-            return torch.cat((self.attend(q[:again], k[:again], v[:again]), out)) if again else out
+            anchor = again - length(step.block.overlap)
+            out = self.prefill_windowed(q[anchor:], k[anchor:], v[anchor:], step)
+            return torch.cat((self.attend(q[:anchor], k[:anchor], v[:anchor]), out)) if anchor else out
         self.keep(k[again:], v[again:], step)
         if isinstance(step.handover, SharedAnchor):
             if step.block.index == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_star.contexts.index import windowed_from
 from nemo_star.engine.engine import Engine
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Partition, clipped, length
@@ -47,7 +46,7 @@ class KVBytes:
         tokens = partition.context_tokens
         most = 0
         for layers in self._stages:
-            first = windowed_from(method, tokens, layers.window)
+            first = method.windowed_from(tokens, layers.window)
             for rank, held in enumerate(partition.tokens_by_rank):
                 near = length(clipped(partition.spans_of(rank), first, tokens)) if layers.windowed else 0
                 most = max(most, (layers.full * held + layers.windowed * near) * layers.token_bytes)

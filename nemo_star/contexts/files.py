@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
-from nemo_star.contexts.index import ContextIndex, Shard, windowed_from
+from nemo_star.contexts.index import ContextIndex, Shard
 from nemo_star.contexts.rows import Rows, common_rows, joined
 from nemo_star.contexts.shard import open_tensors, write_tensors
 from nemo_star.engine.context import EncodedContext
@@ -33,7 +33,7 @@ def write_kv(engine: Engine, context: EncodedContext, data: Path) -> Shard:
     spans = joined(context.partition.spans_of(cp_rank))
     if not context.tokens or context.cache.tokens != length(spans) or len(context.ids) != context.tokens:
         raise ValueError("it is still being encoded: all steps of its encoding come first")
-    near = clipped(spans, windowed_from(context.method, context.tokens, stage.window), context.tokens)
+    near = clipped(spans, context.method.windowed_from(context.tokens, stage.window), context.tokens)
     tensors: dict[str, Tensor] = {}
     for number in stage.layer_numbers:
         rows = length(near if number in stage.windowed_layer_numbers else spans)

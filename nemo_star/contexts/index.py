@@ -16,7 +16,6 @@ from pathlib import Path
 
 from nemo_star.config.strict import parse
 from nemo_star.methods.config import AttentionConfig
-from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Span
 
 FORMAT_VERSION = 1
@@ -67,12 +66,6 @@ class ContextIndex:
     tokens_size: int
     tokens_sha256: str
     shards: tuple[Shard, ...]
-
-
-def windowed_from(method: Method, tokens: int, window: int | None) -> int:
-    """First token of a context that its windowed layers hold: what a query sees, and what goes on from its last block;
-    without windows, none."""
-    return tokens if window is None else max(0, method.goes_on_from(tokens) - (window - 1))
 
 
 def write_index(folder: Path, index: ContextIndex) -> None:

@@ -22,7 +22,6 @@ from nemo_star.contexts.index import (
     discard,
     new_data,
     read_index,
-    windowed_from,
     write_index,
 )
 from nemo_star.contexts.shard import Written, checksum, open_tensors, write_tensors
@@ -131,7 +130,7 @@ def _index(
         num_query_groups=config.num_query_groups,
         kv_channels=config.kv_channels,
         windowed_layers=tuple(sorted({number for _, numbers in windowed for number in numbers})),
-        windowed_from=windowed_from(context.method, context.tokens, window),
+        windowed_from=context.method.windowed_from(context.tokens, window),
         tokens=context.tokens,
         data=data,
         tokens_size=tokens.size,

@@ -20,7 +20,6 @@ from torch import Tensor
 from nemo_star.contexts.accounting import KVBytes
 from nemo_star.contexts.fingerprint import block_digests, owner_digest, root_digest, unit_of
 from nemo_star.contexts.folder import ContextFolder, Name
-from nemo_star.contexts.index import windowed_from
 from nemo_star.contexts.prefix import first_tokens, gone_on, start_from
 from nemo_star.contexts.shelf import Shelf, UnderWay
 from nemo_star.contexts.start import Text, longest_start
@@ -274,7 +273,7 @@ class ContextStore:
         """Windowed layers of a context that went on token by token hold more than anybody will look at."""
         stage = self._engine.stage
         spans = context.partition.spans_of(self._engine.groups.cp.rank())
-        near = clipped(spans, windowed_from(context.method, context.tokens, stage.window), context.tokens)
+        near = clipped(spans, context.method.windowed_from(context.tokens, stage.window), context.tokens)
         context.cache.keep_last(stage.windowed_layer_numbers, length(near))
 
     def _forget_under_way(self, context: EncodedContext) -> None:

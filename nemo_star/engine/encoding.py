@@ -133,13 +133,14 @@ class BlockEncoding:
         )
         if stage.window is None:
             return
-        first, tokens, reach = context.tokens, self._blocks.context_tokens, stage.window - 1
+        first, tokens = context.tokens, self._blocks.context_tokens
+        reach = stage.window - 1 + context.method.overlap_size
         spans = (context.partition.spans_of(rank) for rank in range(engine.groups.cp.size()))
         self._preceding = PrecedingKV(
             engine.groups.cp,
             self._blocks,
             window=stage.window,
-            cached_from=max(0, context.method.goes_on_from(tokens) - reach),
+            cached_from=context.method.windowed_from(tokens, stage.window),
             held=[clipped(of_rank, max(0, first - reach), first) for of_rank in spans],
             cache=context.cache,
         )

@@ -85,6 +85,10 @@ class Method(ABC):
         self.settings = settings
 
     @property
+    def overlap_size(self) -> int:
+        return self.settings.overlap_size if self.overlaps else 0
+
+    @property
     def variant(self) -> str | None:
         return self.settings.anchor if self.variants else None
 
@@ -125,6 +129,13 @@ class Method(ABC):
     def goes_on_from(self, context_tokens: int) -> int:
         """First token that is encoded again when a context of this length goes on."""
         return context_tokens
+
+    def windowed_from(self, context_tokens: int, window: int | None) -> int:
+        """First token of a context that its windowed layers hold: what a query sees, and what goes on from its last
+        block; without windows, none."""
+        if window is None:
+            return context_tokens
+        return max(0, self.goes_on_from(context_tokens) - self.overlap_size - (window - 1))
 
     def going_on(self, partition: Partition, context_tokens: int) -> Partition | None:
         """The blocks, by rank, that bring a context to this length, from `goes_on_from` on; None: tokens that go on see

@@ -28,6 +28,14 @@ class Block:
     def tokens(self) -> int:
         return length(self.spans)
 
+    @property
+    def widened(self) -> tuple[Span, ...]:
+        """Its spans, the first with what it overlaps with."""
+        if not self.overlap:
+            return self.spans
+        (begin, _), (_, stop) = self.overlap[0], self.spans[0]
+        return ((begin, stop), *self.spans[1:])
+
 
 @dataclass(frozen=True)
 class Partition:

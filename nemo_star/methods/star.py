@@ -68,11 +68,6 @@ class Star(Method):
     def with_windows(self) -> Star:
         if self._is_ablated:
             raise ValueError(f"{self._ablation} does not take models with windowed layers or sinks")
-        if self.settings.overlap_size:
-            raise ValueError(
-                f"attention.overlap_size={self.settings.overlap_size} does not take models with windowed layers or "
-                "sinks: set it to 0"
-            )
         windowed = copy.copy(self)
         windowed.in_rounds = True
         return windowed
@@ -98,9 +93,9 @@ class Star(Method):
                 f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
                 "the anchor is a part of the first block"
             )
-        if settings.overlap_size > block_size:
+        if self.overlap_size > block_size:
             raise ValueError(
-                f"attention.overlap_size={settings.overlap_size} is larger than the block size {block_size} "
+                f"attention.overlap_size={self.overlap_size} is larger than the block size {block_size} "
                 f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
                 "a block overlaps the one before it"
             )
@@ -137,7 +132,7 @@ class Star(Method):
         about: list[str] = [settings.anchor]
         if self._is_ablated:
             about += [f"content {settings.anchor_content}", f"positions {settings.anchor_positions}"]
-        overlap = f", overlap of {settings.overlap_size} tokens" if settings.overlap_size else ""
+        overlap = f", overlap of {self.overlap_size} tokens" if self.overlap_size else ""
         return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)}){overlap}"
 
     def warning(self, context_tokens: int) -> str | None:
@@ -147,12 +142,11 @@ class Star(Method):
         return f"attention.block_size is {size} tokens (tokens, not K): is that meant?"
 
     def in_flight(self, block: Block) -> tuple[Span, ...]:
-        own = (*block.overlap, *block.spans)
-        return own if self.shares_anchor else (*block.sees, *own)
+        return block.widened if self.shares_anchor else (*block.sees, *block.widened)
 
     def pairs(self, block: Block) -> int:
         """Causal in itself and its overlap, all of the anchor, causal in a recomputed anchor."""
-        anchor, own = length(block.sees), length(block.overlap) + block.tokens
+        anchor, own = length(block.sees), length(block.widened)
         again = 0 if self.shares_anchor else triangle(anchor)
         return triangle(own) + own * anchor + again
 
@@ -166,9 +160,19 @@ class Star(Method):
         return self._counted(context_tokens, range(self.num_blocks(context_tokens, cp_size)))
 
     def all_windowed_pairs(self, context_tokens: int, cp_size: int, window: int) -> int:
-        _, anchor_size = self.sizes(context_tokens)
-        again = 0 if self.shares_anchor else self.num_blocks(context_tokens, cp_size) - 1
-        return band(context_tokens, window) + again * band(anchor_size, window)
+        block_size, anchor_size = self.sizes(context_tokens)
+        later = self.num_blocks(context_tokens, cp_size) - 1
+        again = 0 if self.shares_anchor else later * band(anchor_size, window)
+        return band(context_tokens, window) + again + self._overlapping_pairs(block_size, anchor_size, later, window)
+
+    def _overlapping_pairs(self, block_size: int, anchor_size: int, blocks: int, window: int) -> int:
+        """Of a windowed layer, those of the tokens that so many later blocks overlap with."""
+        near = min(blocks, (window + self.overlap_size) // block_size + 1)  # whose overlap may see less than a window
+        pairs = (blocks - near) * self.overlap_size * window
+        for start in range(block_size, (near + 1) * block_size, block_size):
+            begin = max(start - self.overlap_size, anchor_size)
+            pairs += band(start, window) - band(min(begin, start), window)
+        return pairs
 
     def num_blocks(self, context_tokens: int, cp_size: int) -> int:
         return -(-context_tokens // self.sizes(context_tokens)[0])
@@ -218,7 +222,7 @@ class Star(Method):
         """These blocks of the context: the first, one full one for all those between (where blocks overlap, the second
         by itself), the last."""
         last = self.num_blocks(context_tokens, 1) - 1
-        differ = {0, last, *((1,) if self.settings.overlap_size else ())}
+        differ = {0, last, *((1,) if self.overlap_size else ())}
         alone = [number for number in differ if number in numbers]
         between = [number for number in numbers[:3] if number not in alone]
         counted = [(self._block(number, context_tokens), 1) for number in alone]
@@ -233,6 +237,6 @@ class Star(Method):
         start = index * block_size
         first = start - anchor_size if self.settings.anchor_content == "previous" else 0
         seen = ((first, first + anchor_size),) if index and anchor_size else ()
-        again = max(start - self.settings.overlap_size, first + anchor_size)
+        again = max(start - self.overlap_size, first + anchor_size)
         overlap = ((again, start),) if index and again < start else ()
         return Block(index, ((start, min(start + block_size, context_tokens)),), seen, overlap)

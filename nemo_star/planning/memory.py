@@ -78,10 +78,12 @@ def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
 
 def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
     """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank; a windowed layer keeps no more of them
-    than a query can see."""
+    than a query can see, and what goes on overlaps with."""
     kv = work.model.kv_width // work.layout.tp
-    windows = stage_windows(work.model, work.layout.pp, stage)
-    held = sum(layers * (tokens if window is None else min(tokens, window - 1)) for window, layers in windows.items())
+    held = 0
+    for window, layers in stage_windows(work.model, work.layout.pp, stage).items():
+        seen = tokens if window is None else min(tokens, work.method.overlap_size + window - 1)
+        held += layers * seen
     return held * 2 * kv * work.cache_bytes
 
 

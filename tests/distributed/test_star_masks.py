@@ -19,20 +19,27 @@ SHAPES = {
     "a last block of one token": (20, 20),
     "shorter than windows": (7, 7),
     "small anchor": (20, 6),
+    "overlap": (20, 6, 9),
+    "overlap, shorter than windows": (7, 3, 5),
+    "overlap of a block": (16, 4, 16),
     "one block": (CONTEXT, CONTEXT),
 }
-"""Name -> block and anchor size: 4, 3, 4, 9, 4 and 1 blocks."""
-SHORT = ("a last block of one token", "shorter than windows", "small anchor")
+"""Name -> block and anchor size, and what blocks overlap with: 4, 3, 4, 9, 4, 4, 9, 4 and 1 blocks."""
+SHORT = ("a last block of one token", "shorter than windows", "small anchor", "overlap, shorter than windows")
 RUNS = {
     1: [
         *(("star", shape, "shared", (1, 1, 1), "replicated") for shape in SHAPES),
         ("star", "even", "recompute", (1, 1, 1), "replicated"),
         ("star", "small anchor", "recompute", (1, 1, 1), "replicated"),
+        ("star", "overlap", "recompute", (1, 1, 1), "replicated"),
         ("dense", "one block", "shared", (1, 1, 1), "replicated"),
     ],
     2: [
         *(("star", shape, "shared", (1, 2, 1), "replicated") for shape in ("short last block", *SHORT)),
         ("star", "shorter than windows", "recompute", (1, 2, 1), "sharded"),
+        ("star", "overlap", "shared", (1, 2, 1), "replicated"),
+        ("star", "overlap of a block", "recompute", (1, 2, 1), "sharded"),
+        ("star", "overlap", "shared", (2, 1, 1), "replicated"),
         ("star", "short last block", "shared", (2, 1, 1), "replicated"),
         ("star", "small anchor", "shared", (1, 1, 2), "replicated"),
         ("ring", "one block", "shared", (1, 2, 1), "replicated"),
@@ -41,6 +48,7 @@ RUNS = {
     3: [
         *(("star", shape, "shared", (1, 3, 1), "replicated") for shape in SHORT),
         ("star", "short last block", "recompute", (1, 3, 1), "sharded"),
+        ("star", "overlap of a block", "shared", (1, 3, 1), "replicated"),
         ("ring", "one block", "shared", (1, 3, 1), "sharded"),
     ],
     4: [
@@ -50,6 +58,8 @@ RUNS = {
         ("star", "a last block of one token", "shared", (2, 2, 1), "sharded"),
         ("star", "shorter than windows", "shared", (1, 2, 2), "replicated"),
         ("star", "small anchor", "recompute", (1, 2, 2), "sharded"),
+        ("star", "overlap", "recompute", (1, 2, 2), "replicated"),
+        ("star", "overlap, shorter than windows", "shared", (1, 4, 1), "sharded"),
         ("ring", "one block", "shared", (2, 2, 1), "replicated"),
         ("ring", "one block", "shared", (1, 2, 2), "sharded"),
         ("ulysses", "one block", "shared", (1, 2, 2), "replicated"),
@@ -61,12 +71,13 @@ RUNS = {
 
 def name_of(family, run):
     attention, shape, anchor, layout, decode = run
-    return f"{family}-{attention}-{shape.replace(' ', '_')}-{anchor}-{'x'.join(map(str, layout))}-{decode}"
+    words = shape.replace(",", "").replace(" ", "_")
+    return f"{family}-{attention}-{words}-{anchor}-{'x'.join(map(str, layout))}-{decode}"
 
 
 def arguments(folder, family, run):
     attention, shape, anchor, (tp, cp, pp), decode = run
-    block, anchor_size = SHAPES[shape]
+    block, anchor_size, *overlap = SHAPES[shape]
     out = folder / name_of(family, run)
     return [
         f"checkpoint={folder / family / 'converted'}",
@@ -76,6 +87,7 @@ def arguments(folder, family, run):
         f"attention={attention}",
         f"attention.block_size={block}",
         f"attention.anchor_size={anchor_size}",
+        *(f"attention.overlap_size={size}" for size in overlap),
         f"attention.anchor={anchor}",
         f"parallel.tensor_model_parallel_size={tp}",
         f"parallel.context_parallel_size={cp}",
@@ -96,12 +108,15 @@ def expected(request, tmp_path_factory):
     for family in sorted(selected(request, "family")):
         model = save_model(folder / family / "hf", family).double()
         import_checkpoint(folder / family / "hf", folder / family / "converted")
-        for shape, (block, anchor) in SHAPES.items():
-            answers[family, shape] = star_greedy(model, context, query, STEPS, block=block, anchor=anchor)
+        for shape, sizes in SHAPES.items():
+            settings = dict(zip(("block", "anchor", "overlap"), sizes, strict=False))
+            answers[family, shape] = star_greedy(model, context, query, STEPS, **settings)
         plain = greedy(model, context + query, STEPS)
         torch.testing.assert_close(answers[family, "one block"][1], plain[1], atol=1e-6, rtol=0)
         blocks = answers[family, "short last block"][1]
         assert torch.equal(blocks, answers[family, "one block"][1]) == (family == "mistral-windows")
+        apart, together = (answers[family, shape][1] for shape in ("small anchor", "overlap"))
+        assert torch.allclose(apart, together, atol=1e-9, rtol=0) == (family == "mistral-windows")
     return folder, answers
 
 

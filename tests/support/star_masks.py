@@ -27,15 +27,43 @@ def star_masks(total, context, *, block, anchor, window=None):
     }
 
 
-def masked_logits(model, ids, masks):
+def overlapping_masks(total, context, *, block, anchor, overlap, window=None):
+    """(positions that run again, masks as above over [these | context | query | answer]).
+
+    Tokens that a block overlaps with stand in the sequence a second time, each block's own, and only the block sees
+    them: in their place it sees them instead of the context's.
+    """
+    begins = [0, *(max(min(anchor, start), start - overlap) for start in range(block, context, block))]
+    again = [(place, number) for number, begin in enumerate(begins[1:], 1) for place in range(begin, number * block)]
+    place = torch.tensor([*(at for at, _ in again), *range(total)])
+    of_block = torch.tensor([*(number for _, number in again), *(token // block for token in range(total))])
+    is_again = torch.arange(len(place)) < len(again)
+    follows = ~is_again & (place >= context)
+    begin = torch.tensor([*begins, *[0] * (total // block + 1)])[of_block]
+    row, column = (slice(None), None), (None, slice(None))
+    causal = (place[column] <= place[row]) & ~(follows[column] & ~follows[row])
+    together = (of_block[row] == of_block[column]) & ~follows[row]
+    own = together & (is_again[column] | ~is_again[row])  # what runs again sees no token of the block it runs before
+    seen = {FULL: causal & (own | (~is_again[column] & ((place[column] < anchor) | follows[row])))}
+    if window is not None:
+        before = ~is_again[column] & ((place[column] < begin[row]) | follows[row])
+        seen[WINDOWED] = causal & (own | before) & (place[row] - place[column] < window)
+    return [at for at, _ in again], {
+        kind: torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))[None, None]
+        for kind, mask in seen.items()
+    }
+
+
+def masked_logits(model, ids, masks, positions=None):
     """Logits [s, vocab] of transformers' model under these masks."""
     if getattr(model.config, "layer_types", None) is None:
         masks = masks[WINDOWED if getattr(model.config, "sliding_window", None) else FULL]
     with torch.no_grad():
-        return model(torch.tensor([ids]), attention_mask=masks, use_cache=False).logits[0]
+        at = None if positions is None else torch.tensor([positions])
+        return model(torch.tensor([ids]), attention_mask=masks, position_ids=at, use_cache=False).logits[0]
 
 
-def star_greedy(model, context, query, count, *, block, anchor):
+def star_greedy(model, context, query, count, *, block, anchor, overlap=0):
     """(tokens, logits [count, vocab]) of the answer, the whole sequence anew for each token.
 
     Args:
@@ -43,14 +71,13 @@ def star_greedy(model, context, query, count, *, block, anchor):
     """
     ids, rows = [*context, *query], []
     for _ in range(count):
-        masks = star_masks(
-            len(ids),
-            len(context),
-            block=block,
-            anchor=anchor,
-            window=getattr(model.config, "sliding_window", None),
-        )
-        rows.append(masked_logits(model, ids, masks)[-1])
+        sizes = {"block": block, "anchor": anchor, "window": getattr(model.config, "sliding_window", None)}
+        if overlap:
+            again, masks = overlapping_masks(len(ids), len(context), overlap=overlap, **sizes)
+            run, positions = [context[at] for at in again] + ids, [*again, *range(len(ids))]
+            rows.append(masked_logits(model, run, masks, positions)[-1])
+        else:
+            rows.append(masked_logits(model, ids, star_masks(len(ids), len(context), **sizes))[-1])
         ids.append(int(rows[-1].argmax()))
     return ids[-count:], torch.stack(rows)
 

@@ -86,12 +86,6 @@ def test_what_cannot_be_shared_or_windowed_is_refused(changes):
         method_of(AttentionConfig(anchor="recompute", **changes), windows=True)
 
 
-def test_blocks_do_not_overlap_in_models_with_windows():
-    with pytest.raises(ValueError, match="attention.overlap_size=8 does not take models with windowed layers"):
-        method_of(AttentionConfig(overlap_size=8), windows=True)
-    method_of(AttentionConfig(kind="summary", overlap_size=8))  # which does not use it
-
-
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -67,7 +67,7 @@ class Mass:
         step = self._state.step
         if self._rows is None or layer.window is not None or not isinstance(step, PrefillStep):
             return
-        spans = (*step.block.sees, *step.block.overlap, *step.block.spans)
+        spans = (*step.block.sees, *step.block.widened)
         keys = torch.cat([torch.arange(start, stop) for start, stop in spans])
         own = keys[keys.shape[0] - step.block.tokens :]
         wanted = self._rows[torch.isin(self._rows, own)]
