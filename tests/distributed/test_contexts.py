@@ -14,6 +14,7 @@ STAR = [
     {"kind": "star", "block_size": 20},
     {"kind": "star", "block_size": 20, "anchor": "recompute"},
     {"kind": "star", "block_size": 7, "anchor_size": 3},
+    {"kind": "star", "block_size": 7, "anchor_size": 3, "overlap_size": 5},
     {"kind": "star"},
 ]
 EXACT = [{"kind": "ring"}, {"kind": "ulysses"}]

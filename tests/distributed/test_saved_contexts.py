@@ -18,6 +18,7 @@ CASES = {
     "ring, appended": ("qwen2", RING, [70, 101]),
     "windowed": ("windowed", STAR, [101]),
     "windowed, appended": ("windowed", STAR, [50, 101]),
+    "windowed, overlapping, appended": ("windowed", {**STAR, "anchor_size": 5, "overlap_size": 6}, [50, 101]),
     "windowed ring, appended": ("windowed", RING, [70, 101]),
 }
 """Name -> (model, the group `attention`, where the parts end that the context is encoded in). A model is one of

@@ -104,6 +104,16 @@ def test_blocks_alike_are_counted_as_they_are_dealt_out():
             assert sum(count * method.pairs(block) for block, count in counted) == sum(map(method.pairs, blocks))
 
 
+def test_windowed_layers_of_blocks_that_overlap():
+    for overlap, anchor, tokens, window in itertools.product((0, 1, 4, 10), (0, 8, 10), (5, 10, 35, 97), (1, 3, 12, 60)):
+        method = method_of(AttentionConfig(block_size=10, anchor_size=anchor, overlap_size=overlap), windows=True)
+        blocks = [block for of_rank in method.partition(tokens, 2).ranks for block in of_rank]
+        every = sum(method.windowed_pairs(block, window) for block in blocks)
+        assert method.all_windowed_pairs(tokens, 2, window) == every
+        near = sum(min(place + 1, window) for block in blocks for span in block.widened for place in range(*span))
+        assert every == near
+
+
 def test_a_summary_counts_what_each_block_sees():
     # 4 blocks of 10, 10, 10 and 5 tokens; a sink of 2 and two chunks of 3, from blocks 0 and 1
     triangles = 3 * 55 + 15 + 8 * 9 // 2
