@@ -116,7 +116,7 @@ def expected(request, tmp_path_factory):
         blocks = answers[family, "short last block"][1]
         assert torch.equal(blocks, answers[family, "one block"][1]) == (family == "mistral-windows")
         apart, together = (answers[family, shape][1] for shape in ("small anchor", "overlap"))
-        assert torch.allclose(apart, together, atol=1e-9, rtol=0) == (family == "mistral-windows")
+        assert torch.allclose(apart, together, atol=1e-4, rtol=0) == (family == "mistral-windows")
     return folder, answers
 
 
