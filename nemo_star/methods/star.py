@@ -75,8 +75,20 @@ class Star(Method):
     def pinned(self, context_tokens: int) -> Star:
         block_size, anchor_size = self.sizes(context_tokens)
         pinned = copy.copy(self)
-        pinned.settings = dataclasses.replace(self.settings, block_size=block_size, anchor_size=anchor_size)
+        pinned.settings = self._settings_of(block_size, anchor_size)
         return pinned
+
+    def resized(self, block_size: int) -> Star:
+        resized = copy.copy(self)
+        resized.settings = self._settings_of(block_size, block_size)
+        return resized
+
+    def _settings_of(self, block_size: int, anchor_size: int | None) -> AttentionConfig:
+        """With these sizes; an overlap is no larger than a block."""
+        overlap_size = min(self.settings.overlap_size, block_size)
+        return dataclasses.replace(
+            self.settings, block_size=block_size, anchor_size=anchor_size, overlap_size=overlap_size
+        )
 
     @property
     def shares_anchor(self) -> bool:
@@ -92,12 +104,6 @@ class Star(Method):
                 f"attention.anchor_size={anchor_size} is larger than the block size {block_size} "
                 f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
                 "the anchor is a part of the first block"
-            )
-        if self.overlap_size > block_size:
-            raise ValueError(
-                f"attention.overlap_size={self.overlap_size} is larger than the block size {block_size} "
-                f"(ceil({context_tokens} / {DEFAULT_BLOCKS}), because attention.block_size is not set): "
-                "a block overlaps the one before it"
             )
         return block_size, anchor_size
 
@@ -132,7 +138,7 @@ class Star(Method):
         about: list[str] = [settings.anchor]
         if self._is_ablated:
             about += [f"content {settings.anchor_content}", f"positions {settings.anchor_positions}"]
-        overlap = f", overlap of {self.overlap_size} tokens" if self.overlap_size else ""
+        overlap = f", overlap of {min(self.overlap_size, block_size)} tokens" if self.overlap_size else ""
         return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)}){overlap}"
 
     def warning(self, context_tokens: int) -> str | None:
@@ -167,10 +173,11 @@ class Star(Method):
 
     def _overlapping_pairs(self, block_size: int, anchor_size: int, blocks: int, window: int) -> int:
         """Of a windowed layer, those of the tokens that so many later blocks overlap with."""
-        near = min(blocks, (window + self.overlap_size) // block_size + 1)  # whose overlap may see less than a window
-        pairs = (blocks - near) * self.overlap_size * window
+        overlap = min(self.overlap_size, block_size)
+        near = min(blocks, (window + overlap) // block_size + 1)  # whose overlap may see less than a window
+        pairs = (blocks - near) * overlap * window
         for start in range(block_size, (near + 1) * block_size, block_size):
-            begin = max(start - self.overlap_size, anchor_size)
+            begin = max(start - overlap, anchor_size)
             pairs += band(start, window) - band(min(begin, start), window)
         return pairs
 
@@ -237,6 +244,6 @@ class Star(Method):
         start = index * block_size
         first = start - anchor_size if self.settings.anchor_content == "previous" else 0
         seen = ((first, first + anchor_size),) if index and anchor_size else ()
-        again = max(start - self.overlap_size, first + anchor_size)
+        again = max(start - min(self.overlap_size, block_size), first + anchor_size)
         overlap = ((again, start),) if index and again < start else ()
         return Block(index, ((start, min(start + block_size, context_tokens)),), seen, overlap)

@@ -17,8 +17,6 @@ depends on the whole context, so a context that goes on is encoded anew, and non
 
 from __future__ import annotations
 
-import dataclasses
-
 from nemo_star.methods.method import CountedBlock, Method
 from nemo_star.methods.partition import Block, Span, length, triangle
 from nemo_star.methods.star import Star
@@ -44,7 +42,7 @@ class Summary(Star):
         return True
 
     def resized(self, block_size: int) -> Summary:
-        return Summary(dataclasses.replace(self.settings, block_size=block_size, anchor_size=None))
+        return Summary(self._settings_of(block_size, None))
 
     def sizes(self, context_tokens: int) -> tuple[int, int]:
         """(block size, tokens of the summary): the sink and whole chunks within `attention.anchor_size`."""

@@ -98,11 +98,13 @@ def test_an_overlap_is_a_part_of_a_block(sizes, message):
         AttentionConfig(**sizes)
 
 
-def test_an_overlap_that_is_larger_than_the_default_block_is_refused():
-    method = method_of(AttentionConfig(overlap_size=26))
+def test_an_overlap_is_no_larger_than_a_block_whose_size_follows_from_the_context():
+    method = method_of(AttentionConfig(overlap_size=26, anchor_size=0))
     assert method.describe(104).endswith("(shared), overlap of 26 tokens")
-    with pytest.raises(ValueError, match="overlap_size=26 is larger than the block size 25"):
-        method.sizes(100)
+    assert method.describe(100).endswith("overlap of 25 tokens")
+    assert [block.overlap for block in method.partition(100, 1).ranks[0]] == [(), ((0, 25),), ((25, 50),), ((50, 75),)]
+    assert method.pinned(100).settings.overlap_size == method.resized(25).settings.overlap_size == 25
+    assert method_of(AttentionConfig(kind="summary", overlap_size=26)).resized(4).settings.overlap_size == 4
 
 
 def test_a_summary_is_not_for_windows():

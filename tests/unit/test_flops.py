@@ -105,7 +105,9 @@ def test_blocks_alike_are_counted_as_they_are_dealt_out():
 
 
 def test_windowed_layers_of_blocks_that_overlap():
-    for overlap, anchor, tokens, window in itertools.product((0, 1, 4, 10), (0, 8, 10), (5, 10, 35, 97), (1, 3, 12, 60)):
+    for overlap, anchor, tokens, window in itertools.product(
+        (0, 1, 4, 10), (0, 8, 10), (5, 10, 35, 97), (1, 3, 12, 60)
+    ):
         method = method_of(AttentionConfig(block_size=10, anchor_size=anchor, overlap_size=overlap), windows=True)
         blocks = [block for of_rank in method.partition(tokens, 2).ranks for block in of_rank]
         every = sum(method.windowed_pairs(block, window) for block in blocks)
