@@ -275,6 +275,7 @@ def counted(contender: Contender, model: ModelConfig, tokens: int) -> dict[str, 
         "kernel": names(state.kernel, state.decode_kernel) if state else None,
         "block_size": block_size,
         "anchor_size": anchor_size,
+        "overlap_size": method.pinned(tokens).overlap_size,
         "prefill_flops": prefill_flops(model, method, tokens, layout.cp, complete=on_transformers),
         # Of a rank: all stages would be read by one token, a rank has one of them.
         "decode_weight_bytes": int(

@@ -152,7 +152,7 @@ class EvaluateConfig(LLMConfig):
             sizes = self.anchor_sizes if method.has_blocks and self.anchor_sizes else (None,)
             anchors = self.anchors if method.ablates_anchor and self.anchors else (None,)
             overlaps = self.overlap_sizes if method.overlaps and self.overlap_sizes else (None,)
-            found += [
+            of_word = [
                 Contender(candidate, block, size, anchor, overlap)
                 for block in blocks
                 for size in sizes
@@ -161,6 +161,12 @@ class EvaluateConfig(LLMConfig):
                 for overlap in overlaps
                 if self._fits(overlap, block)
             ]
+            if not of_word:
+                raise ValueError(
+                    f"compare: nothing is left of {word}, because no block of block_sizes is as large as one of "
+                    "anchor_sizes and one of overlap_sizes"
+                )
+            found += of_word
         return found
 
     def _fits(self, size: int | str | None, block: int | str | None) -> bool:

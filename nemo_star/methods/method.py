@@ -86,6 +86,7 @@ class Method(ABC):
 
     @property
     def overlap_size(self) -> int:
+        """Tokens that a block overlaps with, at most."""
         return self.settings.overlap_size if self.overlaps else 0
 
     @property

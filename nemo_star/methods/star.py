@@ -52,6 +52,11 @@ class Star(Method):
                 f"{self._ablation}: only the first block's own tokens at their own positions can be computed once for "
                 "all blocks; set attention.anchor=recompute"
             )
+        if self._is_ablated and self.overlap_size:
+            raise ValueError(
+                f"{self._ablation}: blocks that overlap see the first block's own tokens at their own positions; set "
+                f"attention.overlap_size={self.overlap_size} to 0"
+            )
 
     @property
     def _is_ablated(self) -> bool:
@@ -85,10 +90,14 @@ class Star(Method):
 
     def _settings_of(self, block_size: int, anchor_size: int | None) -> AttentionConfig:
         """With these sizes; an overlap is no larger than a block."""
-        overlap_size = min(self.settings.overlap_size, block_size)
+        overlap_size = self._overlap_of(block_size)
         return dataclasses.replace(
             self.settings, block_size=block_size, anchor_size=anchor_size, overlap_size=overlap_size
         )
+
+    def _overlap_of(self, block_size: int) -> int:
+        """Tokens that blocks of this size overlap with: no more than one block."""
+        return min(self.overlap_size, block_size)
 
     @property
     def shares_anchor(self) -> bool:
@@ -138,7 +147,7 @@ class Star(Method):
         about: list[str] = [settings.anchor]
         if self._is_ablated:
             about += [f"content {settings.anchor_content}", f"positions {settings.anchor_positions}"]
-        overlap = f", overlap of {min(self.overlap_size, block_size)} tokens" if self.overlap_size else ""
+        overlap = f", overlap of {self._overlap_of(block_size)} tokens" if self.overlap_size else ""
         return f"{blocks} blocks of {block_size} tokens, anchor of {anchor_size} tokens ({', '.join(about)}){overlap}"
 
     def warning(self, context_tokens: int) -> str | None:
@@ -152,12 +161,12 @@ class Star(Method):
 
     def pairs(self, block: Block) -> int:
         """Causal in itself and its overlap, all of the anchor, causal in a recomputed anchor."""
-        anchor, own = length(block.sees), length(block.widened)
+        anchor, running = length(block.sees), length(block.widened)
         again = 0 if self.shares_anchor else triangle(anchor)
-        return triangle(own) + own * anchor + again
+        return triangle(running) + running * anchor + again
 
-    # A hundred million tokens may be a million blocks, of which four differ: the first, the second, which overlaps with
-    # what is no anchor only, a full one, the last.
+    # A hundred million tokens may be a million blocks, of which four differ: the first; the second, whose overlap may
+    # lie partly in the anchor; a full one; the last.
 
     def rank_blocks(self, context_tokens: int, cp_size: int, cp_rank: int) -> list[CountedBlock]:
         return self._counted(context_tokens, self._numbers(self.num_blocks(context_tokens, cp_size), cp_size, cp_rank))
@@ -173,7 +182,7 @@ class Star(Method):
 
     def _overlapping_pairs(self, block_size: int, anchor_size: int, blocks: int, window: int) -> int:
         """Of a windowed layer, those of the tokens that so many later blocks overlap with."""
-        overlap = min(self.overlap_size, block_size)
+        overlap = self._overlap_of(block_size)
         near = min(blocks, (window + overlap) // block_size + 1)  # whose overlap may see less than a window
         pairs = (blocks - near) * overlap * window
         for start in range(block_size, (near + 1) * block_size, block_size):
@@ -193,7 +202,7 @@ class Star(Method):
     def ranks_to_plan(self, context_tokens: int, cp_size: int) -> list[int]:
         blocks = self.num_blocks(context_tokens, cp_size)
         extra = blocks % cp_size
-        ends = {0, 1, extra - 1, extra, cp_size - 1, min(blocks, cp_size) - 1}
+        ends = {0, 1, *((2,) if self.overlap_size else ()), extra - 1, extra, cp_size - 1, min(blocks, cp_size) - 1}
         return [rank for rank in sorted(ends) if 0 <= rank < cp_size]
 
     def exchanges(self, block: Block, share: Share, heads: Heads) -> list[Exchange]:
@@ -244,6 +253,6 @@ class Star(Method):
         start = index * block_size
         first = start - anchor_size if self.settings.anchor_content == "previous" else 0
         seen = ((first, first + anchor_size),) if index and anchor_size else ()
-        again = max(start - min(self.overlap_size, block_size), first + anchor_size)
-        overlap = ((again, start),) if index and again < start else ()
+        begin = max(start - self._overlap_of(block_size), first + anchor_size)
+        overlap = ((begin, start),) if index and begin < start else ()
         return Block(index, ((start, min(start + block_size, context_tokens)),), seen, overlap)

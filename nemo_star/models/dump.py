@@ -1,8 +1,9 @@
 """Each layer's output of one request on disk, to find where two runs part.
 
 A file is one forward pass of one rank: `positions` [s] int64 and `layer_N` [s, h] for the layers of its stage, with the
-phase as metadata. What is the same on several ranks is written by the first of them. Files are read by position id, so
-that runs at different layouts, block sizes or methods can be compared.
+phase as metadata, and how many of the first tokens run again with a block that is not theirs. What is the same on
+several ranks is written by the first of them. Files are read by position id, so that runs at different layouts, block
+sizes or methods can be compared.
 """
 
 from __future__ import annotations
@@ -59,16 +60,19 @@ class LayerDump:
 
     def _write(self) -> None:
         self._pass += 1
-        phase = "prefill" if isinstance(self._state.step, PrefillStep) else "decode"
+        step = self._state.step
+        phase = "prefill" if isinstance(step, PrefillStep) else "decode"
+        again = len(self._tensors["positions"]) - step.block.tokens if isinstance(step, PrefillStep) else 0
         groups = self._groups
         if groups.tp.rank() or (phase == "decode" and groups.cp.rank()):
             return
         name = f"{self._pass:06d}.{phase}.pp{groups.pp.rank()}.cp{groups.cp.rank()}.safetensors"
-        save_file(self._tensors, self._folder / name, metadata={"phase": phase})
+        save_file(self._tensors, self._folder / name, metadata={"phase": phase, "again": str(again)})
 
 
 def read_dump(folder: Path) -> Outputs:
-    """All outputs of a folder. A position that ran more than once (a recomputed anchor) counts as it first ran.
+    """All outputs of a folder. A position that ran more than once (a recomputed anchor, an overlap) counts as it ran
+    with its own block.
 
     Raises:
         ValueError: the folder holds no dump.
@@ -76,11 +80,11 @@ def read_dump(folder: Path) -> Outputs:
     found: Outputs = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            phase = stored.metadata()["phase"]
-            positions = stored.get_tensor("positions").tolist()
+            phase, again = stored.metadata()["phase"], int(stored.metadata()["again"])
+            positions = stored.get_tensor("positions").tolist()[again:]
             for name in set(stored.keys()) - {"positions"}:
                 rows = found.setdefault((phase, name), {})
-                for position, output in zip(positions, stored.get_tensor(name), strict=True):
+                for position, output in zip(positions, stored.get_tensor(name)[again:], strict=True):
                     rows.setdefault(position, output)
     if not found:
         raise ValueError(f"{folder} holds no dump: make one with nemo-star generate debug.dump={folder}")

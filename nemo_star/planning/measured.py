@@ -68,7 +68,7 @@ def _compared(row: Row, number: int, candidate: Candidate, config: PlanConfig) -
     if wrong:
         raise ValueError(f"check={config.check}: row {number} lacks {', '.join(wrong)}")
     layout = Layout(tp=row["tp"], cp=row["cp"], dp=1, pp=row["pp"])
-    sizes = {name: row[name] for name in ("block_size", "anchor_size")}
+    sizes: Row = {name: row[name] for name in ("block_size", "anchor_size", "overlap_size") if name in row}
     run = dataclasses.replace(
         config,
         context_tokens=row["context_tokens"],

@@ -76,14 +76,13 @@ def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
     return routed + 3 * hidden * moe.shared_ffn_hidden_size // layout.tp + router
 
 
-def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
+def kv_bytes(work: Workload, stage: int, tokens: int, *, beyond_window: int | None = None) -> int:
     """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank; a windowed layer keeps no more of them
-    than a query can see, and what goes on overlaps with."""
+    than a query can see, and `beyond_window` (what goes on overlaps with)."""
     kv = work.model.kv_width // work.layout.tp
-    held = 0
-    for window, layers in stage_windows(work.model, work.layout.pp, stage).items():
-        seen = tokens if window is None else min(tokens, work.method.overlap_size + window - 1)
-        held += layers * seen
+    beyond = work.method.overlap_size if beyond_window is None else beyond_window
+    windows = stage_windows(work.model, work.layout.pp, stage)
+    held = sum(n * (tokens if window is None else min(tokens, beyond + window - 1)) for window, n in windows.items())
     return held * 2 * kv * work.cache_bytes
 
 

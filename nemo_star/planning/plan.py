@@ -74,6 +74,7 @@ def row_of(word: str, work: Workload, clock: Clock) -> Row:
         "context_tokens": work.context_tokens,
         "block_size": block_size,
         "anchor_size": anchor_size,
+        "overlap_size": work.method.pinned(work.context_tokens).overlap_size,
         "tp": work.layout.tp,
         "pp": work.layout.pp,
         "cp": work.layout.cp,

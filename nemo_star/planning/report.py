@@ -65,7 +65,9 @@ def _block_lines(config: PlanConfig, blocks: Sequence[Row], cp: int) -> list[str
     """Other block sizes of the method that has blocks, and which to take."""
     if not blocks:
         return []
-    lines = ["", f"{blocks[0]['kind']} with other blocks (anchor = block):"]
+    overlap = max(row["overlap_size"] for row in blocks)
+    about = f"anchor = block, overlap of {overlap:,}" if overlap else "anchor = block"
+    lines = ["", f"{blocks[0]['kind']} with other blocks ({about}):"]
     lines.append(f"{'':<15} {'block':>10} {'blocks':>6} {_TITLES}")
     for row in blocks:
         count = -(-row["context_tokens"] // row["block_size"])

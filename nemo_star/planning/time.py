@@ -156,7 +156,7 @@ def decode_seconds(work: Workload, clock: Clock) -> float:
     head = model.vocab_size * model.hidden_size / layout.tp / sharded
     read = (weight_elements_read(model, layout, sliced) + head) * work.dtype_bytes
     tokens = max(rank.tokens for rank in rank_work(work))
-    read += sum(kv_bytes(work, stage, tokens) for stage in range(layout.pp))
+    read += sum(kv_bytes(work, stage, tokens, beyond_window=0) for stage in range(layout.pp))
     hidden = model.hidden_size * work.dtype_bytes
     span = layout.tp * layout.cp
     layer = clock.machine.layer_seconds + clock.all_reduce(hidden, layout.tp * attending, layout.tp * attending)

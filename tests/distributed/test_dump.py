@@ -15,6 +15,12 @@ RUNS = {
     "tp": ["parallel.tensor_model_parallel_size=2"],
     "recompute": ["attention.anchor=recompute"],
     "dense": ["attention=dense"],
+    "overlap": ["attention.anchor_size=20", "attention.overlap_size=15"],
+    "overlap cp": [
+        "attention.anchor_size=20",
+        "attention.overlap_size=15",
+        "parallel.context_parallel_size=2",
+    ],
 }
 
 
@@ -43,9 +49,11 @@ def compared(dumps, first, second):
     return {(phase, layer, int(count)): float(largest) for phase, layer, count, largest, *_ in rows}
 
 
-@pytest.mark.parametrize("other", ["cp", "pp", "tp", "recompute"])
-def test_layouts_agree_in_every_layer_and_position(dumps, other):
-    found = compared(dumps, "one", other)
+@pytest.mark.parametrize(
+    ("one", "other"), [*(("one", other) for other in ("cp", "pp", "tp", "recompute")), ("overlap", "overlap cp")]
+)
+def test_layouts_agree_in_every_layer_and_position(dumps, one, other):
+    found = compared(dumps, one, other)
     assert {key[:2] for key in found} == {
         (phase, f"layer_{n}") for phase in ("prefill", "decode") for n in (1, 2, 3, 4)
     }

@@ -104,7 +104,19 @@ def test_an_overlap_is_no_larger_than_a_block_whose_size_follows_from_the_contex
     assert method.describe(100).endswith("overlap of 25 tokens")
     assert [block.overlap for block in method.partition(100, 1).ranks[0]] == [(), ((0, 25),), ((25, 50),), ((50, 75),)]
     assert method.pinned(100).settings.overlap_size == method.resized(25).settings.overlap_size == 25
-    assert method_of(AttentionConfig(kind="summary", overlap_size=26)).resized(4).settings.overlap_size == 4
+    assert method_of(AttentionConfig(kind="summary", overlap_size=26)).resized(4).settings.overlap_size == 0
+
+
+def test_blocks_do_not_overlap_in_the_ablation():
+    with pytest.raises(ValueError, match="anchor_content=random.*set attention.overlap_size=8 to 0"):
+        method_of(AttentionConfig(anchor="recompute", anchor_content="random", overlap_size=8))
+
+
+def test_a_summary_does_not_overlap():
+    sizes = {"kind": "summary", "block_size": 32, "anchor_size": 20, "chunk_size": 4}
+    plain, with_overlap = (method_of(AttentionConfig(**sizes, overlap_size=size)) for size in (0, 32))
+    assert with_overlap.partition(100, 2) == plain.partition(100, 2)
+    assert with_overlap.pinned(100).overlap_size == 0
 
 
 def test_a_summary_is_not_for_windows():

@@ -80,6 +80,8 @@ def test_a_sweep_over_overlaps():
         ({"compare": ("star:recompute",), "anchors": ("first:",)}, "anchors: 'first:' is unknown"),
         ({"compare": ("star",), "anchors": ("first", "random")}, "set attention.anchor=recompute"),
         ({"compare": ()}, "compare is empty"),
+        ({"block_sizes": (64,), "overlap_sizes": (128,)}, "nothing is left of star, because no block of block_sizes"),
+        ({"block_sizes": (64,), "anchor_sizes": (128,)}, "nothing is left of star"),
         ({"tasks": ("vt", "vt")}, "tasks names something twice: vt, vt"),
         ({"lengths": (10,)}, "at least 64"),
         ({"samples": 0}, "samples=0"),

@@ -52,8 +52,10 @@ def plan(*arguments):
 @pytest.mark.parametrize(
     ("tokens", "block", "cp"), [(97, 10, 4), (97, 32, 4), (96, 12, 8), (100, 100, 3), (5, 2, 4), (33, 8, 1)]
 )
-def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp, windows):
-    sizes = {"block_size": block, "anchor_size": block // 2, "sink_size": 1, "chunk_size": 1}
+@pytest.mark.parametrize(("anchor", "overlap"), [(0.5, 0), (0.5, 0.75), (1, 1)])
+def test_the_ranks_that_differ_stand_for_all(kind, tokens, block, cp, windows, anchor, overlap):
+    sizes = {"block_size": block, "anchor_size": int(anchor * block), "sink_size": 1, "chunk_size": 1}
+    sizes["overlap_size"] = int(overlap * block)
     planned = llama(kind, tokens, cp=cp, **sizes)
     if windows:
         planned = dataclasses.replace(planned, method=planned.method.with_windows())

@@ -105,7 +105,7 @@ class Measurement:
 
     def _attend_in_one_block(self, tokens: int) -> None:
         llm = self._llm
-        llm.attend_by(dataclasses.replace(llm.config.attention, block_size=tokens, anchor_size=0))
+        llm.attend_by(dataclasses.replace(llm.config.attention, block_size=tokens, anchor_size=0, overlap_size=0))
 
     def _answer(self, reference: EncodedContext, query: list[int], params: SamplingParams) -> list[int]:
         """Greedy, of dense attention, end token included."""

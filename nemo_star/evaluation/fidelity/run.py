@@ -49,6 +49,7 @@ class _Fidelity:
             kind=next(iter(self._contenders.values())).candidate.kind,
             block_size=max(config.lengths),
             anchor_size=0,
+            overlap_size=0,
         )
         changed = dataclasses.replace(
             config,
