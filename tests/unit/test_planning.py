@@ -219,7 +219,8 @@ def test_defaults_of_the_recipe_and_of_the_code_agree():
 
 
 def test_rows_of_the_benchmark_are_compared(tmp_path):
-    config = plan("model=small", "machine=cpu", "context_tokens=4096", "world_size=2", "attention.block_size=1024")
+    attention = ["attention.block_size=1024", "attention.anchor_size=512", "attention.overlap_size=64"]
+    config = plan("model=small", "machine=cpu", "context_tokens=4096", "world_size=2", *attention)
     rows = [{**row, "prefill_seconds": 2 * row["prefill_seconds"]} for row in plan_rows(config)]
     rows.append({**rows[0], "kind": "transformers", "attention": None})
     file = tmp_path / "rows.json"
