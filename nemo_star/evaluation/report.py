@@ -17,6 +17,7 @@ from nemo_star.runtime.files import write_whole
 
 Line = Mapping[str, Any]
 ALL_TASKS = "all"
+_MARKERS = "osD^vP*X"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def comma_separated(found: Iterable[Cell]) -> str:
 
 
 def _draw(found: list[Cell], file: Path, baseline: str) -> None:
-    """Accuracy lost against prefill time saved, over all tasks, a line for each length."""
+    """Accuracy lost against prefill time saved, over all tasks: a colour for each length, a marker for each way to
+    attend, its blocks beside the points."""
     if importlib.util.find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure  # no pyplot: no windows, no state
@@ -157,25 +159,38 @@ def _draw(found: list[Cell], file: Path, baseline: str) -> None:
     axes = figure.add_subplot()
     tasks = {cell.task for cell in found}
     over = ALL_TASKS if ALL_TASKS in tasks else next(iter(tasks), "")
-    for length in sorted({cell.length for cell in found}):
-        points = [
-            (cell.speedup, cell.difference, cell.contender)
-            for cell in found
-            if cell.length == length and cell.task == over and cell.difference is not None and cell.speedup is not None
-        ]
-        if not points:
-            continue
-        times = [speedup for speedup, _, _ in points]
-        means = [difference.mean for _, difference, _ in points]
-        errors = [
-            [difference.mean - difference.low for _, difference, _ in points],
-            [difference.high - difference.mean for _, difference, _ in points],
-        ]
-        axes.errorbar(times, means, yerr=errors, marker="o", linestyle="none", capsize=3, label=f"{length} tokens")
-        for speedup, difference, contender in points:
-            axes.annotate(contender, (speedup, difference.mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    series: dict[tuple[str, int], list[tuple[str, float, Interval]]] = {}
+    for cell in found:
+        if cell.task == over and cell.difference is not None and cell.speedup is not None:
+            way, blocks = _parted(cell.contender)
+            series.setdefault((way, cell.length), []).append((blocks, cell.speedup, cell.difference))
+    ways, lengths = (list(dict.fromkeys(key[place] for key in series)) for place in (0, 1))
+    for (way, length), points in series.items():
+        axes.errorbar(
+            [speedup for _, speedup, _ in points],
+            [difference.mean for _, _, difference in points],
+            yerr=[
+                [difference.mean - difference.low for _, _, difference in points],
+                [difference.high - difference.mean for _, _, difference in points],
+            ],
+            marker=_MARKERS[ways.index(way) % len(_MARKERS)],
+            color=f"C{lengths.index(length)}",
+            linestyle="none",
+            capsize=3,
+            label=f"{way}, {length:,} tokens",
+        )
+        for blocks, speedup, difference in points:
+            axes.annotate(blocks, (speedup, difference.mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set_xlabel(f"prefill: times as fast as {baseline}")
     axes.set_ylabel(f"score minus {baseline}, points of 100")
-    axes.legend()
+    if series:
+        axes.legend()
     write_whole(file, lambda target: figure.savefig(target, format="png", dpi=120))
+
+
+def _parted(contender: str) -> tuple[str, str]:
+    """What a contender is but for its blocks, and their size: star n/4 overlap 64 -> (star overlap 64, n/4)."""
+    word, *rest = contender.split()
+    has_blocks = bool(rest) and rest[0] not in ("anchor", "overlap")
+    return " ".join([word, *rest[has_blocks:]]), rest[0] if has_blocks else ""
