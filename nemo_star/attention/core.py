@@ -4,8 +4,8 @@ A method is a `CoreAttention` with its own `prefill`. Decode is the same for all
 sharded over the cp ranks: every rank attends to the keys it holds, the results are merged by log-sum-exp.
 
 A windowed layer (`TransformerConfig.window_size`) is a window under every method: a token sees itself and the
-`window - 1` before it, on whatever ranks these are. Of the context it caches what a query can see: the last
-`window - 1` tokens. A sink (`softmax_type`) enters each softmax once, when all of it is merged.
+`window - 1` before it, on whatever ranks these are. Of the context it caches what a query can see (the last
+`window - 1` tokens) and what goes on needs. A sink (`softmax_type`) enters each softmax once, when all of it is merged.
 """
 
 from __future__ import annotations

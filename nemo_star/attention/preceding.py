@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_star.attention.cache import KVCache
-from nemo_star.methods.partition import Partition, Span, clipped, length
+from nemo_star.methods.partition import Block, Partition, Span, clipped, length
 
 Piece = tuple[Span, Tensor, Tensor]
 """Tokens of the context, and their k, v [tokens, b, ng, hn]."""
@@ -132,25 +132,21 @@ class PrecedingKV:
         needs = {rank: self._needed(rank, number) for rank in everyone}
         held = {rank: self._available(rank, number) for rank in everyone}
         return _Round(
-            own=tuple(span for span in self._block(mine, number) if span[0] < span[1]),
-            begins=tuple(start for start, stop in self._widened(mine, number) if start < stop),
+            own=tuple(span for span in self._block(mine, number).spans if span[0] < span[1]),
+            begins=tuple(start for start, stop in self._block(mine, number).widened if start < stop),
             sent={rank: spans for rank in everyone if rank != mine and (spans := _overlap(held[mine], needs[rank]))},
             taken={rank: spans for rank in everyone if (spans := _overlap(held[rank], needs[mine]))},
             kept_from=self._kept_from(number),
         )
 
-    def _block(self, rank: int, number: int) -> tuple[Span, ...]:
+    def _block(self, rank: int, number: int) -> Block:
         blocks = self._partition.ranks[rank]
-        return blocks[number].spans if number < len(blocks) else ()
-
-    def _widened(self, rank: int, number: int) -> tuple[Span, ...]:
-        blocks = self._partition.ranks[rank]
-        return blocks[number].widened if number < len(blocks) else ()
+        return blocks[number] if number < len(blocks) else Block(-1, ())
 
     def _needed(self, rank: int, number: int) -> tuple[Span, ...]:
         """What a rank needs beyond its own block, each token once."""
         spans: list[Span] = []
-        for start, stop in self._widened(rank, number):
+        for start, stop in self._block(rank, number).widened:
             if start < stop:
                 first = max(0, start - self._reach, spans[-1][1] if spans else 0)
                 spans.append((first, max(first, start)))
@@ -158,9 +154,9 @@ class PrecedingKV:
 
     def _available(self, rank: int, number: int) -> tuple[Span, ...]:
         """Tokens whose K/V a rank has when the layer attends: of this round's block, and kept of earlier ones."""
-        earlier = (*self._held[rank], *(span for i in range(number) for span in self._block(rank, i)))
+        earlier = (*self._held[rank], *(span for i in range(number) for span in self._block(rank, i).spans))
         kept = clipped(earlier, self._kept_from(number - 1) if number else 0, self._partition.context_tokens)
-        return (*kept, *self._block(rank, number))
+        return (*kept, *self._block(rank, number).spans)
 
     def _kept_from(self, number: int) -> int:
         later = [block for blocks in self._partition.ranks for block in blocks[number + 1 :]]

@@ -34,8 +34,7 @@ class AttentionConfig:
     overlap_size: int = 0
     """Tokens right before a block that run through the layers with it, once more, and are not kept (star): what an edge
     between blocks would cut in two, such as a sentence, is seen whole by the block that has its end. Tokens of the
-    anchor are left out, being seen anyway. At most block_size; a block whose size follows
-    from the context's overlaps with no more than one before it."""
+    anchor are left out, being seen anyway. At most block_size; where that follows from the context, one block."""
     sink_size: int = 4
     """Tokens at the start of the context that every block sees (summary)."""
     chunk_size: int = 32

@@ -76,11 +76,19 @@ def _ffn_elements(model: ModelConfig, layout: Layout, layer: int) -> int:
     return routed + 3 * hidden * moe.shared_ffn_hidden_size // layout.tp + router
 
 
-def kv_bytes(work: Workload, stage: int, tokens: int, *, beyond_window: int | None = None) -> int:
+def kv_bytes(work: Workload, stage: int, tokens: int) -> int:
     """Bytes of K and V of `tokens` tokens in a stage's layers on one tp rank; a windowed layer keeps no more of them
-    than a query can see, and `beyond_window` (what goes on overlaps with)."""
+    than a query can see, and what comes before that where what goes on overlaps with it."""
+    return _kv_bytes(work, stage, tokens, beyond=work.method.overlap_size)
+
+
+def kv_bytes_read(work: Workload, stage: int, tokens: int) -> int:
+    """Those of them that a query sees."""
+    return _kv_bytes(work, stage, tokens, beyond=0)
+
+
+def _kv_bytes(work: Workload, stage: int, tokens: int, *, beyond: int) -> int:
     kv = work.model.kv_width // work.layout.tp
-    beyond = work.method.overlap_size if beyond_window is None else beyond_window
     windows = stage_windows(work.model, work.layout.pp, stage)
     held = sum(n * (tokens if window is None else min(tokens, beyond + window - 1)) for window, n in windows.items())
     return held * 2 * kv * work.cache_bytes

@@ -15,7 +15,7 @@ from nemo_star.methods.method import Exchange
 from nemo_star.methods.partition import Block
 from nemo_star.parallel.decode_slices import weight_elements_read
 from nemo_star.parallel.experts import ExpertLayout
-from nemo_star.planning.memory import kv_bytes
+from nemo_star.planning.memory import kv_bytes_read
 from nemo_star.planning.work import RankWork, Workload, rank_work, stage_windows
 
 HIDDEN_PASSES, ROTARY_PASSES, GATE_PASSES = 42, 10, 5
@@ -156,7 +156,7 @@ def decode_seconds(work: Workload, clock: Clock) -> float:
     head = model.vocab_size * model.hidden_size / layout.tp / sharded
     read = (weight_elements_read(model, layout, sliced) + head) * work.dtype_bytes
     tokens = max(rank.tokens for rank in rank_work(work))
-    read += sum(kv_bytes(work, stage, tokens, beyond_window=0) for stage in range(layout.pp))
+    read += sum(kv_bytes_read(work, stage, tokens) for stage in range(layout.pp))
     hidden = model.hidden_size * work.dtype_bytes
     span = layout.tp * layout.cp
     layer = clock.machine.layer_seconds + clock.all_reduce(hidden, layout.tp * attending, layout.tp * attending)

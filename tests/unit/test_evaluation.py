@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from nemo_star.config.evaluate import EvaluateConfig, size_of
+from nemo_star.evaluation import report
 from nemo_star.evaluation.journal import SAMPLES_FILE, Journal
 from nemo_star.evaluation.report import ALL_TASKS, cells, comma_separated, markdown, write_report
 from nemo_star.evaluation.samples import given, made
@@ -57,6 +58,19 @@ def test_a_sweep_over_what_stands_in_the_anchor_s_place():
         ("random", "first"),
         ("first", "previous"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("contender", "parts"),
+    [
+        ("dense", ("dense", "")),
+        ("star n/4", ("star", "n/4")),
+        ("star:recompute 512 anchor n/8 random overlap 64", ("star:recompute anchor n/8 random overlap 64", "512")),
+        ("star overlap 64", ("star overlap 64", "")),
+    ],
+)
+def test_blocks_are_told_apart_from_the_rest_of_a_name(contender, parts):
+    assert report._parted(contender) == parts
 
 
 def test_a_sweep_over_overlaps():

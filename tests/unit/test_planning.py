@@ -16,7 +16,7 @@ from nemo_star.methods.registry import method_of
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning import report
 from nemo_star.planning.measured import compare_rows
-from nemo_star.planning.memory import fullest_rank, kv_bytes, weight_elements
+from nemo_star.planning.memory import fullest_rank, kv_bytes, kv_bytes_read, weight_elements
 from nemo_star.planning.plan import block_rows, fastest, plan_rows
 from nemo_star.planning.published import median_error, published_cells
 from nemo_star.planning.time import Clock, decode_seconds, layer_time, prefill_seconds
@@ -191,6 +191,10 @@ def test_windowed_layers_hold_what_a_query_sees(tokens, block, cp):
     planned = Workload(windowed, layout, method_of(AttentionConfig(block_size=block), windows=True), tokens)
     half, held = kv_bytes(every, 0, tokens) // 2, kv_bytes(planned, 0, tokens)
     assert held == half + half * min(tokens, 8) // tokens
+    wider = method_of(AttentionConfig(block_size=block, overlap_size=2), windows=True)
+    planned = dataclasses.replace(planned, method=wider)
+    assert kv_bytes(planned, 0, tokens) == half + half * min(tokens, 10) // tokens
+    assert kv_bytes_read(planned, 0, tokens) == held
 
 
 # Published tables

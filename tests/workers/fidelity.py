@@ -23,7 +23,7 @@ def measured(run):
     sample = Tokens(**run["sample"])
     config = LLMConfig(
         checkpoint=run["checkpoint"],
-        attention=AttentionConfig(block_size=len(sample.context), anchor_size=0),
+        attention=AttentionConfig(anchor_size=0, overlap_size=2 * len(sample.context)),  # of which dense takes none
         parallel=ParallelConfig(
             tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp
         ),
