@@ -8,6 +8,7 @@ from launch import ROOT, forked, generate_many, run_tool, write_jsonl
 PHASES = ("prefill", "decode")
 COMPARE = ROOT / "tools/compare_dumps.py"
 CONTEXT = [(3 * i * i + i) % 251 for i in range(100)]
+OVERLAP = ["attention.anchor_size=20", "attention.overlap_size=15"]
 RUNS = {
     "one": [],
     "cp": ["parallel.context_parallel_size=2"],
@@ -15,12 +16,8 @@ RUNS = {
     "tp": ["parallel.tensor_model_parallel_size=2"],
     "recompute": ["attention.anchor=recompute"],
     "dense": ["attention=dense"],
-    "overlap": ["attention.anchor_size=20", "attention.overlap_size=15"],
-    "overlap cp": [
-        "attention.anchor_size=20",
-        "attention.overlap_size=15",
-        "parallel.context_parallel_size=2",
-    ],
+    "overlap": [*OVERLAP, "parallel.context_parallel_size=1"],
+    "overlap cp": [*OVERLAP, "parallel.context_parallel_size=2"],
 }
 
 
