@@ -44,6 +44,41 @@ class Experts(nn.Module):
             self.gate_bias, self.up_bias, self.down_bias = empty(ffn), empty(ffn), empty(h)
         self.activation = config.activation_func
 
+    def runs_grouped(self, mine: slice) -> bool:
+        """Whether `grouped` is to be taken on this device: torch's kernel wants bfloat16, rows of 16 bytes, and Hopper
+        or later (elsewhere it is a loop that waits for the device, `aten/src/ATen/native/cuda/GroupedBlas.cpp`).
+        """
+        first, last, _ = mine.indices(self.ffn)
+        sizes = (self.down.shape[-2], self.ffn, first, last - first)
+        is_fast = self.down.is_cuda and torch.cuda.get_device_capability(self.down.device) >= (9, 0)
+        is_there = is_fast and self.down.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # torch 2.10
+        return is_there and all(size % 8 == 0 for size in sizes)
+
+    def grouped(self, tokens: Tensor, factors: Tensor, experts: Tensor, ends: Tensor, mine: slice) -> Tensor:
+        """What `forward` gives for each expert's tokens, times their factors, in three calls and without asking the
+        device how many tokens an expert has.
+
+        Args:
+            tokens: [t, h], those of one expert after those of the one before.
+            factors: [t] float32.
+            experts: [t] int64, increasing; what is no expert of this rank comes last.
+            ends: [experts] int32, where each expert's tokens end.
+            mine: as for `forward`.
+
+        Returns:
+            [t, h]; from `ends[-1]` on whatever lay in memory.
+        """
+        gate, up = (F.grouped_mm(tokens, weight[:, mine].transpose(1, 2), offs=ends) for weight in (self.gate, self.up))
+        if self.biased:
+            experts = experts.clamp(max=len(self.gate_bias) - 1)
+            gate += self.gate_bias[:, mine][experts]
+            up += self.up_bias[:, mine][experts]
+        inner = (self._channels(gate, up) * factors[:, None]).to(tokens.dtype)
+        out = F.grouped_mm(inner, self.down[..., mine].transpose(1, 2), offs=ends)
+        if self.biased and self._adds_last_bias(mine):
+            out += (self.down_bias[experts] * factors[:, None]).to(out.dtype)
+        return out
+
     def forward(self, expert: int, tokens: Tensor, mine: slice) -> Tensor:
         """tokens [t, h] through the channels `mine` of an expert.
 
@@ -53,11 +88,13 @@ class Experts(nn.Module):
         gate, up, down = weights if self._shared else (weight[expert] for weight in weights)
         biases: tuple[Tensor | None, ...] = (None, None, None)
         if self.biased:
-            first = self._place.expert_tp_rank == 0 and not mine.start
-            last = self.down_bias[expert] if first else None
+            last = self.down_bias[expert] if self._adds_last_bias(mine) else None
             biases = self.gate_bias[expert][mine], self.up_bias[expert][mine], last
         inner = self._channels(F.linear(tokens, gate[mine], biases[0]), F.linear(tokens, up[mine], biases[1]))
         return F.linear(inner, down[:, mine], biases[2])
+
+    def _adds_last_bias(self, mine: slice) -> bool:
+        return self._place.expert_tp_rank == 0 and not mine.start
 
     def _channels(self, gate: Tensor, up: Tensor) -> Tensor:
         clamped = None if self._shared else self._moe.clamped_gate

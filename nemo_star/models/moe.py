@@ -159,6 +159,8 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor, channels: slice) -> Tensor:
         """What this rank's experts add to the result, [t, h] float32; those of a token are sorted by expert first."""
         weights, chosen = self.router(tokens)
+        if self.experts.runs_grouped(channels):
+            return self._routed_grouped(tokens, weights, chosen, channels)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.moe.num_experts).tolist()
         rows, factors = order // chosen.shape[1], weights.flatten()[order]
@@ -173,6 +175,21 @@ class MoE(nn.Module):
                 out.index_add_(0, mine, result.float() * factors[start : start + count, None])
             start += count
         return out
+
+    def _routed_grouped(self, tokens: Tensor, weights: Tensor, chosen: Tensor, channels: slice) -> Tensor:
+        """`_routed` for a device that is not to be waited for."""
+        local = self.moe.num_experts // self.place.ep
+        # Counted from this rank's first expert, its own come first, and what others have is what lies behind them.
+        experts, order = (
+            (chosen.flatten() - self.place.ep_rank * local).remainder(self.moe.num_experts).sort(stable=True)
+        )
+        numbers = torch.arange(local, device=tokens.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        factors = weights.flatten()[order]
+        out = self.experts.grouped(tokens[order // chosen.shape[1]], factors, experts, ends, channels)
+        if self.place.ep > 1:
+            out.masked_fill_((experts >= local)[:, None], 0.0)
+        return out[order.argsort()].view(*chosen.shape, -1).sum(dim=1, dtype=torch.float32)
 
     def _slice(self, channels: int, shared: bool) -> slice:
         """The channels of an expert that this cp rank computes."""
