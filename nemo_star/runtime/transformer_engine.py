@@ -88,6 +88,9 @@ def find_transformer_engine() -> TransformerEngine:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # First: its core library needs libnccl.so.2 and does not look for it (2.20, common/__init__.py), so that
+            # beside packages of CUDA from PyPI it loads only where torch has brought NCCL into the process.
+            importlib.import_module("torch")
             package = importlib.import_module("transformer_engine")
             importlib.import_module("transformer_engine.pytorch")
             importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
