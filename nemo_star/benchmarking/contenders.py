@@ -187,7 +187,7 @@ def build_contenders(
         sliced = sliced_matrices(divides, model, layout, itemsize=dtype.itemsize, device_type=device.type)
         steps = DecodeConfig(torch_linears=candidate.torch_linears, cuda_graph=candidate.cuda_graph)
         if steps.cuda_graph:
-            check_graphs(model, layout, device.type)
+            check_graphs(model, layout, device, dtype)
         if steps.torch_linears:
             check_torch_linears(device, dtype)
         engine = None

@@ -24,6 +24,7 @@ from nemo_star.attention.fixed import FixedStep, OwnKV
 from nemo_star.attention.step import ContextRows
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.context import Sequence
+from nemo_star.models.experts import GROUPED_MULTIPLE, runs_grouped_on
 from nemo_star.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -76,21 +77,26 @@ def cuda_step_graphs() -> Callable[[], StepGraph]:
     return lambda: CudaStepGraph(pool)
 
 
-def check_graphs(model: ModelConfig, layout: Layout, device_type: str) -> None:
+def check_graphs(model: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse `decode.cuda_graph=true` where a step cannot be recorded.
+
+    Args:
+        dtype: of the model.
 
     Raises:
         ValueError: names what stands against it.
     """
     problem = None
-    if device_type != "cuda":
-        problem = f"it needs GPUs, and this is {device_type}"
+    if device.type != "cuda":
+        problem = f"it needs GPUs, and this is {device.type}"
     elif layout.pp > 1:
         problem = (
             f"parallel.pipeline_model_parallel_size={layout.pp}: stages wait for each other on the host; set it to 1"
         )
-    elif model.moe is not None:
-        problem = "the host asks which experts a token takes"
+    elif model.moe is not None and not runs_grouped_on(device, dtype):
+        problem = f"the host asks which experts a token takes, but for bfloat16 on Hopper or later; this is {dtype}"
+    elif model.moe is not None and model.moe.ffn_hidden_size % (GROUPED_MULTIPLE * layout.tp * layout.cp):
+        problem = f"moe.ffn_hidden_size={model.moe.ffn_hidden_size} leaves a rank no multiple of {GROUPED_MULTIPLE}"
     elif model.needs_windows:
         problem = "what a windowed layer sees moves with each token"
     if problem is not None:

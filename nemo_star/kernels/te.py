@@ -50,6 +50,7 @@ class TEKernel:
         # The same where there is no anchor; the plain mask is known to more of its backends.
         mask = "causal" if q.shape[0] == k.shape[0] else "causal_bottom_right"
         sides = (-1, 0) if window is None else (window - 1, 0)
+        q, k, v = map(_at_its_start, (q, k, v))
         with _never_unfused():
             return attention(q, k, v, attn_mask_type=mask, window_size=sides).view(q.shape)
 
@@ -113,6 +114,12 @@ class TEKernel:
                 self._offsets.clear()
             self._offsets[key] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return self._offsets[key]
+
+
+def _at_its_start(x: Tensor) -> Tensor:
+    """`DotProductAttention` refuses contiguous tensors that begin within a storage, unless they lie there as it packs
+    them; of others it makes copies itself (pytorch/attention/dot_product_attention/utils.py, `get_qkv_layout`)."""
+    return x.clone() if x.storage_offset() and x.is_contiguous() else x
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -72,10 +72,14 @@ class OpenedModel:
             self.device = initialize()
             check_sequence_parallel(config.parallel.sequence_parallel, layout, self.device.type)
             if config.decode.torch_linears:
-                check_torch_linears(self.device, getattr(torch, dtype_name(config, self.device)))
+                check_torch_linears(self.device, self._dtype)
             self.groups = create_groups(layout, cp_max_ctas=config.parallel.context_parallel_max_ctas)
             self._read_checkpoint(Path(str(config.checkpoint)), free(self.device))
             self._exits = exits.pop_all()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return cast("torch.dtype", getattr(torch, dtype_name(self.config, self.device)))
 
     def _read_checkpoint(self, folder: Path, free: FreeMemory) -> None:
         """All of it but the weights."""
@@ -86,7 +90,7 @@ class OpenedModel:
         self.method = method_of(self.config.attention, windows=self.description.model.needs_windows)
         check_layout(self.description.model, self.groups.layout, self.method)
         if self.config.decode.cuda_graph:
-            check_graphs(self.description.model, self.groups.layout, self.device.type)
+            check_graphs(self.description.model, self.groups.layout, self.device, self._dtype)
         divides_sequence = self.config.parallel.sequence_parallel
         check_experts(self.description.model, self.groups.layout, sequence_parallel=divides_sequence)
         work = Workload(

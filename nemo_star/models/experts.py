@@ -13,6 +13,18 @@ from torch.nn import functional as F
 from nemo_star.config.model import MoEConfig
 from nemo_star.parallel.experts import ExpertLayout
 
+GROUPED_MULTIPLE = 8
+"""Of the widths that grouped products take: 16 bytes of bfloat16."""
+
+
+def runs_grouped_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel for all experts at once: in bfloat16, on Hopper or later, since release 2.10.
+
+    Elsewhere its function is a loop that waits for the device (aten/src/ATen/native/cuda/GroupedBlas.cpp).
+    """
+    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return is_fast and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+
 
 class Experts(nn.Module):
     """Gated FFNs of several experts: gate, up [experts, ffn, h], down [experts, h, ffn], their biases without the last
@@ -45,14 +57,12 @@ class Experts(nn.Module):
         self.activation = config.activation_func
 
     def runs_grouped(self, mine: slice) -> bool:
-        """Whether `grouped` is to be taken on this device: torch's kernel wants bfloat16, rows of 16 bytes, and Hopper
-        or later (elsewhere it is a loop that waits for the device, `aten/src/ATen/native/cuda/GroupedBlas.cpp`).
-        """
+        """Whether `grouped` is to be taken for these channels: its kernel wants rows in multiples of 16 bytes."""
         first, last, _ = mine.indices(self.ffn)
         sizes = (self.down.shape[-2], self.ffn, first, last - first)
-        is_fast = self.down.is_cuda and torch.cuda.get_device_capability(self.down.device) >= (9, 0)
-        is_there = is_fast and self.down.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")  # torch 2.10
-        return is_there and all(size % 8 == 0 for size in sizes)
+        return all(size % GROUPED_MULTIPLE == 0 for size in sizes) and runs_grouped_on(
+            self.down.device, self.down.dtype
+        )
 
     def grouped(self, tokens: Tensor, factors: Tensor, experts: Tensor, ends: Tensor, mine: slice) -> Tensor:
         """What `forward` gives for each expert's tokens, times their factors, in three calls and without asking the

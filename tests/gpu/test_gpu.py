@@ -134,6 +134,8 @@ def test_views_of_larger_buffers_do(kernel_on):
     torch.testing.assert_close(kernel.decode(q, *cache.get(1), 0.125, True), expected)
     torch.testing.assert_close(kernel.decode(q, *interleaved, 0.125, True), expected)
     torch.testing.assert_close(kernel.prefill(q, *interleaved, 0.125), kernel.prefill(q, k, v, 0.125))
+    later = kernel.prefill(q[1:], k[1:], v[1:], 0.125)
+    torch.testing.assert_close(later, kernel.prefill(*(x[1:].clone() for x in (q, k, v)), 0.125))
 
 
 def test_merged_parts_are_the_whole(kernel_on):

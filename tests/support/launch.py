@@ -30,7 +30,8 @@ def torchrun(processes: int, *arguments: object, **options):
     Options: cwd; stdin, a text; timeout in seconds; gpu, to let the processes see GPUs; packages, a folder of packages
     that are found before the installed ones.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    # Of its own: two launches beside each other would want the same port.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return _run([*launcher, *map(str, arguments)], **options)
 
 

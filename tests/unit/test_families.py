@@ -14,6 +14,7 @@ from nemo_star.checkpoint.convert import export_checkpoint, import_checkpoint
 from nemo_star.checkpoint.hf import HFReader
 from nemo_star.checkpoint.stream import DistCheckpointReader
 from nemo_star.engine.graphs import StepGraphs, check_graphs
+from nemo_star.models.experts import Experts
 from nemo_star.models.families import families
 from nemo_star.parallel.experts import ExpertLayout, check_experts
 from nemo_star.parallel.layout import Layout
@@ -51,12 +52,14 @@ def test_logits_and_tokens_are_those_of_transformers(converted):
 
 
 @pytest.mark.slow
-def test_replayed_decode_steps_are_those_of_transformers(converted):
+def test_replayed_decode_steps_are_those_of_transformers(converted, monkeypatch):
     """Rotary angles, factors of queries, norms, biases: all of it follows from what is on the device."""
     model, _, checkpoint = converted
     llm = LLM(checkpoint, attention={"kind": "dense", "kernel": "cpu"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(Experts, "runs_grouped", lambda *_: True)
     try:
-        check_graphs(llm.description.model, llm.groups.layout, "cuda")
+        check_graphs(llm.description.model, llm.groups.layout, torch.device("cuda"), torch.bfloat16)
     except ValueError as refused:
         pytest.skip(str(refused))
     context, query = tokens(CONTEXT, seed=5), tokens(QUERY, seed=6)

@@ -3,6 +3,7 @@ tokens and logits."""
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from recorded import RecordedStep
 from nemo_star import LLM
 from nemo_star.attention.cache import KVShape
 from nemo_star.attention.fixed import FixedStep, OwnKV
-from nemo_star.config.model import ModelConfig
+from nemo_star.config.model import ModelConfig, MoEConfig
 from nemo_star.engine import graphs
 from nemo_star.engine.graphs import StepGraphs, check_graphs
 from nemo_star.kernels.math import MathKernel
@@ -264,6 +265,7 @@ def test_a_sequence_s_slots_are_its_own(engine):
 
 
 SHAPE = ModelConfig(2, 32, 4, 2, 64, 100)
+EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, ffn_hidden_size=48)
 
 
 @pytest.mark.parametrize(
@@ -272,14 +274,27 @@ SHAPE = ModelConfig(2, 32, 4, 2, 64, 100)
         ({}, (1, 1, 1, 1), "cpu", "it needs GPUs, and this is cpu"),
         ({}, (1, 1, 1, 2), "cuda", "pipeline_model_parallel_size=2"),
         ({"window_size": 8, "windowed_layers": (0,)}, (1, 1, 1, 1), "cuda", "windowed layer"),
+        ({"moe": EXPERTS}, (2, 2, 1, 1), "cuda", "moe.ffn_hidden_size=48 leaves a rank no multiple of 8"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(changes, layout, device, message):
-    from dataclasses import replace
-
-    check_graphs(SHAPE, Layout(2, 2, 1, 1), "cuda")
+def test_what_cannot_be_recorded_is_refused(changes, layout, device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(ValueError, match=f"decode.cuda_graph=true does not go here: .*{message}"):
-        check_graphs(replace(SHAPE, **changes), Layout(*layout), device)
+        check_graphs(replace(SHAPE, **changes), Layout(*layout), torch.device(device), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "message"),
+    [((9, 0), torch.float16, "this is torch.float16"), ((8, 0), torch.bfloat16, "bfloat16 on Hopper or later")],
+)
+def test_experts_are_recorded_where_the_host_is_not_asked(capability, dtype, message, monkeypatch):
+    device, model = torch.device("cuda"), replace(SHAPE, moe=EXPERTS)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    check_graphs(SHAPE, Layout(2, 2, 1, 1), device, dtype)
+    with pytest.raises(ValueError, match=message):
+        check_graphs(model, Layout(2, 1, 1, 1), device, dtype)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    check_graphs(model, Layout(2, 1, 1, 1), device, torch.bfloat16)
 
 
 def test_it_is_refused_before_weights_are_loaded(tiny):

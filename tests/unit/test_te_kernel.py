@@ -47,6 +47,12 @@ def test_what_is_asked_of_transformer_engine_is_attention(stand_in, heads, group
     torch.testing.assert_close(prefill.double(), reference(q, k, v, 0.3, True)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_tensors_that_begin_within_others_do(stand_in):
+    q, k, v = (x[1:] for x in inputs(41, 60, heads=4, groups=2))
+    prefill = TEKernel().prefill(q, k, v, 0.3)
+    torch.testing.assert_close(prefill.double(), reference(q, k, v, 0.3, True)[0], atol=1e-5, rtol=1e-5)
+
+
 def test_keys_are_not_repeated_for_a_group(stand_in):
     q, k, v = inputs(1, 40, heads=4, groups=2)
     TEKernel().decode(q, k, v, 0.3, True)

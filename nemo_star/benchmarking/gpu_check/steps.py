@@ -43,7 +43,7 @@ def planned(config: GpuCheckConfig) -> list[Step]:
 
 
 def _declared(config: GpuCheckConfig) -> list[tuple[str, Sequence[str], Result]]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]  # whatever else has a port
     benchmark = [*launcher, "-m", "nemo_star", "benchmark", *config.model]
     benchmark.append(f"attention.block_size={config.block_size}")
     kernels = ["-m", "nemo_star", "benchmark-kernels", f"--repeats={config.kernel_repeats}", f"--output={OUTPUT}"]
