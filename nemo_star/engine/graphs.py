@@ -51,21 +51,25 @@ class StepGraph(Protocol):
 
 
 class CudaStepGraph:
-    """`torch.cuda.CUDAGraph`.
+    """`torch.cuda.CUDAGraph`. What is allocated on the way comes out of a pool of memory that all graphs of an engine
+    share, which never run at the same time and whose results are read before the next one runs.
 
     Args:
-        pool: of `torch.cuda.graph_pool_handle`, for what is allocated on the way. Graphs share it that never run at the
-            same time, and whose results are read before the next one runs.
+        recorded: those that are there. A pool is gone with the last graph that has it, and its handle cannot be used
+            again (c10/cuda/CUDACachingAllocator.cpp, `create_or_incref_pool`): so it is taken from one that lives.
     """
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self, recorded: weakref.WeakSet[CudaStepGraph]) -> None:
+        self._recorded = recorded
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, run: Callable[[], Tensor]) -> Tensor:
+        pool = next((other._graph.pool() for other in self._recorded), None)
         # The threads of NCCL's and of our own watchdog ask for events meanwhile: only this thread's calls count.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            return run()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
+        self._recorded.add(self)
+        return result
 
     def replay(self) -> None:
         self._graph.replay()
@@ -73,8 +77,8 @@ class CudaStepGraph:
 
 def cuda_step_graphs() -> Callable[[], StepGraph]:
     """What makes the graphs of one engine."""
-    pool = torch.cuda.graph_pool_handle()
-    return lambda: CudaStepGraph(pool)
+    recorded: weakref.WeakSet[CudaStepGraph] = weakref.WeakSet()
+    return lambda: CudaStepGraph(recorded)
 
 
 def check_graphs(model: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:

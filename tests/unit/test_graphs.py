@@ -3,6 +3,7 @@ tokens and logits."""
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -295,6 +296,32 @@ def test_experts_are_recorded_where_the_host_is_not_asked(capability, dtype, mes
         check_graphs(model, Layout(2, 1, 1, 1), device, dtype)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     check_graphs(model, Layout(2, 1, 1, 1), device, torch.bfloat16)
+
+
+def test_memory_is_shared_with_graphs_that_live(monkeypatch):
+    """CUDA's allocator drops a pool with the last graph that has it, and does not take its handle again."""
+    pools = []
+
+    class Graph:
+        def pool(self):
+            return self.shared
+
+    @contextmanager
+    def recording(graph, pool, capture_error_mode):
+        graph.shared = object() if pool is None else pool
+        pools.append(graph.shared)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    make = graphs.cuda_step_graphs()
+    first, second = make(), make()
+    assert first.record(lambda: 1) == second.record(lambda: 1) == 1
+    del first
+    make().record(lambda: 2)
+    del second
+    make().record(lambda: 3)
+    assert pools[0] is pools[1] is pools[2] is not pools[3]
 
 
 def test_it_is_refused_before_weights_are_loaded(tiny):
