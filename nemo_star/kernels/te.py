@@ -2,7 +2,8 @@
 
 Prefill of a block alone goes through the public `DotProductAttention`, which chooses between its backends itself. It
 never returns the log-sum-exp, so a block after an anchor, decode and ring call `fused_attn_fwd`, the function beneath
-it; group and merge stay ours (`cp_group=None`). Read in Transformer Engine 2.9 to 2.20; tests/data/te_signatures.json records the signatures:
+it; group and merge stay ours (`cp_group=None`). Read in Transformer Engine 2.9 to 2.20, whose signatures
+tests/data/te_signatures.json records:
 
 - `fused_attn_fwd` returns `(out, aux, *more)`. `aux[0]` is cuDNN's softmax statistics, [b, np, sq, 1] float32: the
   maximum plus the logarithm of the sum, that is the log-sum-exp of the scaled scores (its docstring leaves the maximum
@@ -12,7 +13,7 @@ it; group and merge stay ours (`cp_group=None`). Read in Transformer Engine 2.9 
 - It takes tensors as its layout names them, contiguous; strides are looked at in `DotProductAttention` only.
 - Arguments have been added in the middle of the list, never renamed: all go by keyword.
 - A bottom-right mask with lengths that are no multiple of 64 needs cuDNN 9.7 (common/fused_attn/fused_attn.cpp,
-  `nvte_get_fused_attn_backend`): `decode_by_parts` does without it. `DotProductAttention` would take unfused attention
+  `nvte_get_fused_attn_backend`): only windows have one here. `DotProductAttention` would take unfused attention
   instead, a score matrix of all heads, without a word; `NVTE_UNFUSED_ATTN=0` makes it raise.
 - cuDNN's plans are kept in a map that nothing is ever taken out of, under a key with `s_q` and `s_kv`
   (common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu, `sdpa_f16_fprop_cache`; utils.h, `FADescriptor_v1`): every pair
