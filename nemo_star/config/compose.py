@@ -62,9 +62,11 @@ def compose(
     composed: list[DictConfig] = []
     main = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=tool)(composed.append)
     overrides = [quote_literal(argument, literal_keys) for argument in arguments]
-    overrides += [*_HYDRA_OVERRIDES, f"hydra/help={tool}"]
+    own = [*_HYDRA_OVERRIDES, f"hydra/help={tool}"]
     if {"-h", "--help"} & set(arguments):
-        overrides += _help_overrides(cls, tool)
+        own += _help_overrides(cls, tool)
+    first = next((place for place, text in enumerate(overrides) if _is_override(text)), len(overrides))
+    overrides[first:first] = own  # argparse takes positional arguments from one place only, flags before or after it
     argv, sys.argv = sys.argv, [sys.argv[0], *overrides]
     try:
         with quiet_unless_first():
@@ -79,6 +81,10 @@ def compose(
         reason = str(error).splitlines()[0]  # what follows is about OmegaConf's own types
         raise ValueError(f"{error.full_key}: {reason.removeprefix(_RESOLVING)}") from error
     return parse(cls, values)
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def _project() -> str:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from nemo_star.checkpoint.description import CheckpointDescription
+from nemo_star.config.compose import compose
 from nemo_star.config.generate import GenerateConfig, InferenceConfig
 from nemo_star.config.model import RopeScaling
 from nemo_star.config.parallel import ParallelConfig
@@ -164,3 +165,12 @@ def test_variables_of_a_chat_template():
     ]:
         with pytest.raises(ValueError, match=message):
             parse(GenerateConfig, {**QUESTION, "chat_template_kwargs": values})
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+def test_flags_may_come_before_and_after_the_keys(flags_first, capsys):
+    flags, keys = ["--cfg", "job"], ["checkpoint=c", "dtype=float32"]
+    assert compose(GenerateConfig, [*flags, *keys] if flags_first else [*keys, *flags], tool="generate") is None
+    shown = capsys.readouterr().out
+    assert "checkpoint: c\n" in shown
+    assert "dtype: float32\n" in shown
