@@ -26,12 +26,15 @@ from nemo_star.attention.merge import merge_over_group
 from nemo_star.attention.step import AttentionState, DecodeStep, Handover, PrefillStep, SequenceRows
 from nemo_star.kernels.math import attend_at
 from nemo_star.kernels.merge import with_sinks
-from nemo_star.kernels.stored import attend_stored
+from nemo_star.kernels.stored import attend_stored, is_fp8
 from nemo_star.methods.method import Method
 from nemo_star.methods.partition import Block, Partition, Span, clipped, length
 
 Partial = tuple[Tensor, Tensor]
 """out [sq, b, np, hn] and lse [sq, b, np], float32: attention over some of the keys."""
+
+MAX_RAGGED_KEYS = 4096
+"""Own tokens of several sequences, each counted as the longest, up to which copying them beside each other gains."""
 
 
 class CoreAttention(nn.Module):
@@ -175,9 +178,8 @@ class CoreAttention(nn.Module):
                 if rows.near is not None and self.window is not None:
                     over_context.append(self._attend_near(q[mine], together.context, rows.near.context, rows))
                     over_own.append(self._attend_near(q[mine], rows.own, rows.near.own, rows))
-                else:
-                    over_own.append(self._attend_all(q[mine], rows.own, causal=rows.caches_own))
             if self.window is None:
+                over_own += self._attend_own(q, k, together.sequences)
                 every = slice(together.start, together.stop)
                 over_context.append(self._attend_all(q[every], together.context, causal=False))
         partials = [_joined(over_context), _joined(over_own)]
@@ -188,6 +190,21 @@ class CoreAttention(nn.Module):
         if self.state.observer is not None:
             self.state.observer.decoded(self, q, lse, step)
         return out
+
+    def _attend_own(self, q: Tensor, k: Tensor, sequences: tuple[SequenceRows, ...]) -> list[Partial]:
+        """Each of these sequences over its own tokens; one call for all of them where the kernel has one and that
+        copies little. `k` is the step's, of their shape."""
+        ragged = getattr(self.state.decode_kernel, "decode_ragged", None)
+        is_token_each = len(sequences) > 1 and all(rows.stop - rows.start == 1 for rows in sequences)
+        if ragged is not None and is_token_each and not is_fp8(self.state.cache_dtype):
+            nothing = k.new_empty(0, *k.shape[1:], dtype=self.state.cache_dtype)
+            kept = [rows.own.get(self.layer_number) or (nothing, nothing) for rows in sequences]
+            if max(keys.shape[0] for keys, _ in kept) * len(kept) <= MAX_RAGGED_KEYS:
+                keys, values = ([x[:, 0] for x in tensors] for tensors in zip(*kept, strict=True))
+                queries = q[sequences[0].start : sequences[-1].stop, 0].to(self.state.cache_dtype)
+                out, lse = ragged(queries, keys, values, self.scale)
+                return [(out[:, None], lse[:, None])]
+        return [self._attend_all(q[rows.start : rows.stop], rows.own, causal=rows.caches_own) for rows in sequences]
 
     def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:
         """Over what one cache holds of this layer; without any key out 0, lse -inf."""

@@ -15,7 +15,8 @@ out 0, lse -inf.
 q [sq, b, np, hn]; k, v [sk, b, ng, hn] (any strides with a dense last dimension); out [sq, b, np, hn] (of q's type for
 prefill, float32 for decode); lse [sq, b, np] float32, natural logarithm, scale included.
 
-A kernel may have a class attribute `narrow`: the types of K/V that its `decode` reads though q has another one.
+A kernel may have a class attribute `narrow`: the types of K/V that its `decode` reads though q has another one; and
+`decode_ragged`: one query of each of several sequences over that sequence's keys (torch_cpu.py).
 """
 
 from __future__ import annotations

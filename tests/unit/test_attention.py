@@ -98,6 +98,28 @@ def test_views_of_a_larger_buffer_do(kernel):
     torch.testing.assert_close(kernel.decode(q, *views, 0.3, True), kernel.decode(q, *copies, 0.3, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(3, 1, 40), (5, 0, 2), (0, 0), (17, 17, 17)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+def test_a_token_of_each_of_several_sequences(lengths, heads, groups, dtype):
+    """Some rank may hold no key of a sequence, and no number that lies behind another's keys enters."""
+    kernel = get_kernel("cpu", torch.device("cpu"), dtype)
+    each = [inputs(1, length, heads, groups, dtype=dtype, seed=seed) for seed, length in enumerate(lengths)]
+    q = torch.stack([q[0, 0] for q, _, _ in each])
+    keys, values = ([tensors[which][:, 0] for tensors in each] for which in (1, 2))
+    out, lse = kernel.decode_ragged(q, keys, values, 0.3)
+    assert out.dtype == lse.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for row, (q, k, v) in enumerate(each):
+        if not len(k):
+            assert not out[row].any()
+            assert lse[row].isneginf().all()
+            continue
+        expected_out, expected_lse = reference(q, k, v, 0.3, False)
+        torch.testing.assert_close(out[row].double(), expected_out[0, 0], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(lse[row].double(), expected_lse[0, 0], atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16_is_as_good_as_torch(causal):
     """At most twice the error of torch's own bfloat16 attention against float32."""
