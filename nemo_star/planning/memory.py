@@ -104,7 +104,8 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
 
     Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
     either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
-    up projections, the activated gate and their product for a chunk of the tokens.
+    up projections, the activated gate and their product for a chunk of the tokens; where experts run grouped, in 16
+    bits on a GPU, also their tokens, a row for each expert of a token, with the results and these in the tokens' order.
     """
     heads, size = work.heads, work.dtype_bytes
     query, kv = int(heads.query), int(heads.kv)
@@ -112,7 +113,10 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     hidden = 4 * work.model.hidden_size
     attention = tokens * (hidden + 3 * query + 4 * kv) * size
     attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
-    ffn = (tokens * hidden + min(tokens, MLP_CHUNK_TOKENS) * 4 * work.model.ffn_channels // work.layout.tp) * size
+    chunk, moe = min(tokens, MLP_CHUNK_TOKENS), work.model.moe
+    ffn = (tokens * hidden + chunk * 4 * work.model.ffn_channels // work.layout.tp) * size
+    if moe is not None and size == 2:
+        ffn += chunk * moe.experts_per_token * 3 * work.model.hidden_size * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
     layers = stage_windows(work.model, work.layout.pp, 0)[None]
     return max(attention, ffn, head) + int(work.method.kept_bytes(rank.share, heads, size, layers=layers))
