@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_star.config.benchmark import TRANSFORMERS
-from nemo_star.config.compare import Candidate
+from nemo_star.config.compare import OPTIONS, Candidate
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class GpuCheckConfig:
     """Lengths of the contexts, each a step model_TOKENS."""
     repeats: tuple[int, ...]
     """Rounds at each of these lengths."""
+    layers: tuple[int, ...]
+    """Layers of the model at each of these lengths: methods' ratios do not depend on them, and K/V of long contexts
+    leave no room for all."""
     blocks: tuple[int, ...]
     """Block sizes of the prefill kernels (step kernels), in tokens."""
     cached: tuple[int, ...]
@@ -31,11 +34,13 @@ class GpuCheckConfig:
     decode_context_tokens: tuple[int, ...]
     """Lengths of the contexts after which the model decodes (step decode_model)."""
     decode_layers: int
-    """Layers of the model in that step: K/V of long contexts leave no room for all."""
+    """Layers of the model in that step."""
     block_size: int = 32768
     """Block and anchor of star, in tokens."""
     compare: tuple[str, ...] = ("dense", "star:recompute", "star:shared")
-    """What runs in turn in the steps model_TOKENS: METHOD[:VARIANT], as for nemo-star benchmark."""
+    """What runs in turn in the steps model_TOKENS: as for nemo-star benchmark."""
+    decode_compare: tuple[str, ...] = ("star:shared",)
+    """The same in the step decode_model."""
     decode_tokens: int = 32
     """Tokens that step decode_model generates in a round; their median time is taken."""
     kernel_repeats: int = 20
@@ -48,11 +53,13 @@ class GpuCheckConfig:
     """What the steps run on; cpu tries the command itself."""
 
     def __post_init__(self) -> None:
-        if len(self.repeats) != len(self.context_tokens):
-            raise ValueError(
-                f"repeats has {len(self.repeats)} numbers for {len(self.context_tokens)} context_tokens: give one each"
-            )
-        for key in ("context_tokens", "repeats", "blocks", "cached", "decode_context_tokens"):
+        for key in ("repeats", "layers"):
+            count = len(getattr(self, key))
+            if count != len(self.context_tokens):
+                raise ValueError(
+                    f"{key} has {count} numbers for {len(self.context_tokens)} context_tokens: give one each"
+                )
+        for key in ("context_tokens", "repeats", "layers", "blocks", "cached", "decode_context_tokens"):
             values = getattr(self, key)
             if not values or min(values) < 1:
                 raise ValueError(f"{key}={list(values)}: give at least one, each at least 1")
@@ -62,5 +69,5 @@ class GpuCheckConfig:
         for name, seconds in self.limits.items():
             if seconds <= 0:
                 raise ValueError(f"limits.{name}={seconds} must be above 0 seconds")
-        for word in self.compare:
-            Candidate.parse(word, others=(TRANSFORMERS,))
+        for word in (*self.compare, *self.decode_compare):
+            Candidate.parse(word, others=(TRANSFORMERS,), options=tuple(OPTIONS))

@@ -338,11 +338,16 @@ def test_the_recipe_takes_at_most_25_minutes_and_its_commands_are_the_tools_own(
     assert (given.blocks, given.cached, given.output) == ([8192, 32768], [], "{output}")
     given = parse_arguments(commands["decode_kernels"][3:])
     assert (given.blocks, given.cached) == ([], [131072, 524288, 1048576])
-    for name, layers in (("model_524288", 32), ("decode_model", 8)):
+    for name, layers, tokens in (
+        ("model_131072", 32, (131072,)),
+        ("model_524288", 8, (524288,)),
+        ("decode_model", 8, (131072, 524288)),
+    ):
         arguments = commands[name][commands[name].index("benchmark") + 1 :]
         config = compose(BenchmarkConfig, arguments, tool="benchmark", literal_keys=("output",))
         assert (config.model.num_layers, config.model.hidden_size, config.attention.block_size) == (layers, 4096, 32768)
-        assert config.context_tokens == ((524288,) if layers == 32 else (131072, 524288))
+        assert config.context_tokens == tokens
+        assert config.compare[-1] == "star:shared+steps:graph+linears:torch"
         assert config.output == "{output}"
 
 
@@ -350,8 +355,12 @@ def test_the_recipe_takes_at_most_25_minutes_and_its_commands_are_the_tools_own(
     ("overrides", "message"),
     [
         (["steps=[doctor,kernel]"], "steps: 'kernel' is unknown; known: doctor, tests, kernels, model_32768"),
-        (["context_tokens=[64]", "repeats=[1]"], r"limits has none for step model_64: give \+limits.model_64=SECONDS"),
+        (
+            ["context_tokens=[64]", "repeats=[1]", "layers=[2]"],
+            r"limits has none for step model_64: give \+limits.model_64=SECONDS",
+        ),
         (["repeats=[1]"], "repeats has 1 numbers for 3 context_tokens"),
+        (["layers=[1,2]"], "layers has 2 numbers for 3 context_tokens"),
         (["limits.doctor=0"], "limits.doctor=0.0 must be above 0 seconds"),
         (["compare=[star:twice]"], "'star:twice' is unknown"),
         (["cached=[0]"], r"cached=\[0\]: give at least one"),

@@ -49,8 +49,8 @@ def _declared(config: GpuCheckConfig) -> list[tuple[str, Sequence[str], Result]]
     kernels = ["-m", "nemo_star", "benchmark-kernels", f"--repeats={config.kernel_repeats}", f"--output={OUTPUT}"]
     listed = ["-v", "-o", "console_output_style=classic", "-p", "no:cacheprovider"]
     models = [
-        (f"model_{tokens}", [*benchmark, *_prefill(config, tokens, repeats), f"output={OUTPUT}"], MODELS)
-        for tokens, repeats in zip(config.context_tokens, config.repeats, strict=True)
+        (f"model_{tokens}", [*benchmark, *_prefill(config, tokens, *rest), f"output={OUTPUT}"], MODELS)
+        for tokens, *rest in zip(config.context_tokens, config.repeats, config.layers, strict=True)
     ]
     return [
         ("doctor", ["-m", "nemo_star", "doctor"], TEXT),
@@ -62,17 +62,18 @@ def _declared(config: GpuCheckConfig) -> list[tuple[str, Sequence[str], Result]]
     ]
 
 
-def _prefill(config: GpuCheckConfig, tokens: int, repeats: int) -> list[str]:
+def _prefill(config: GpuCheckConfig, tokens: int, repeats: int, layers: int) -> list[str]:
     words = ",".join(config.compare)
-    return [f"compare=[{words}]", f"context_tokens=[{tokens}]", f"repeats={repeats}", "warm_up_rounds=0"]
+    sizes = [f"model.num_layers={layers}", f"context_tokens=[{tokens}]"]
+    return [f"compare=[{words}]", *sizes, f"repeats={repeats}", "warm_up_rounds=0"]
 
 
 def _decode(config: GpuCheckConfig) -> list[str]:
     """Rounds that warm up, so that the first that counts is alone in meeting its length for the first time."""
-    lengths = ",".join(map(str, config.decode_context_tokens))
+    lengths, words = ",".join(map(str, config.decode_context_tokens)), ",".join(config.decode_compare)
     return [
         f"model.num_layers={config.decode_layers}",
-        "compare=[star:shared]",
+        f"compare=[{words}]",
         f"context_tokens=[{lengths}]",
         f"decode_tokens={config.decode_tokens}",
         "repeats=3",
