@@ -40,7 +40,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a decode step gets to a GPU, which waits for the host; what it computes stays the same. Not measured."""
+    """How a decode step gets to a GPU, which waits for the host; what it computes stays the same."""
 
     torch_linears: bool = False
     """Transformer Engine's linear layers and norms through torch's functions, which take less of the host."""

@@ -1,9 +1,8 @@
 """Transformer Engine's attention (cuDNN) behind the two functions of a kernel.
 
-Prefill of a block alone goes through the public `DotProductAttention`, which chooses between its backends itself. It
-never returns the log-sum-exp, so a block after an anchor, decode and ring call `fused_attn_fwd`, the function beneath
-it; group and merge stay ours (`cp_group=None`). Read in Transformer Engine 2.9 to 2.20, whose signatures
-tests/data/te_signatures.json records:
+Prefill goes through the public `DotProductAttention`, which chooses between its backends itself. It never returns the
+log-sum-exp, so decode and ring call `fused_attn_fwd`, the function beneath it; group and merge stay ours
+(`cp_group=None`). Read in Transformer Engine 2.9 to 2.20; tests/data/te_signatures.json records the signatures:
 
 - `fused_attn_fwd` returns `(out, aux, *more)`. `aux[0]` is cuDNN's softmax statistics, [b, np, sq, 1] float32: the
   maximum plus the logarithm of the sum, that is the log-sum-exp of the scaled scores (its docstring leaves the maximum
@@ -13,7 +12,7 @@ tests/data/te_signatures.json records:
 - It takes tensors as its layout names them, contiguous; strides are looked at in `DotProductAttention` only.
 - Arguments have been added in the middle of the list, never renamed: all go by keyword.
 - A bottom-right mask with lengths that are no multiple of 64 needs cuDNN 9.7 (common/fused_attn/fused_attn.cpp,
-  `nvte_get_fused_attn_backend`): only windows have one here. `DotProductAttention` would take unfused attention
+  `nvte_get_fused_attn_backend`): `decode_by_parts` does without it. `DotProductAttention` would take unfused attention
   instead, a score matrix of all heads, without a word; `NVTE_UNFUSED_ATTN=0` makes it raise.
 - cuDNN's plans are kept in a map that nothing is ever taken out of, under a key with `s_q` and `s_kv`
   (common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu, `sdpa_f16_fprop_cache`; utils.h, `FADescriptor_v1`): every pair
@@ -47,10 +46,8 @@ class TEKernel:
         self._offsets: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
-        if window is None and q.shape[0] < k.shape[0]:
-            return self._prefill_by_parts(q, k, v, scale)
         attention = self._module(q.shape[2], k.shape[2], q.shape[3], scale)
-        # The plain mask, where it means the same, is known to more of its backends.
+        # The same where there is no anchor; the plain mask is known to more of its backends.
         mask = "causal" if q.shape[0] == k.shape[0] else "causal_bottom_right"
         sides = (-1, 0) if window is None else (window - 1, 0)
         q, k, v = map(_at_its_start, (q, k, v))
@@ -63,16 +60,6 @@ class TEKernel:
         if window is not None:  # torch's kernel gives the log-sum-exp within a window, without parts to merge
             return FlashKernel().decode(q, k, v, scale, causal, window)
         return decode_by_parts(self._fused_attention, q, k, v, scale, causal=causal)
-
-    def _prefill_by_parts(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """What is before the queries, unmasked, and their own keys, causal. cuDNN takes longer for both in one call
-        with a mask aligned to the bottom right: 3.3 against 2.7 ms for 8192 queries after 8192 (BENCHMARKS.md)."""
-        before = k.shape[0] - q.shape[0]
-        past, past_lse = self._fused_attention(q, k[:before], v[:before], scale, causal=False)
-        own, own_lse = self._fused_attention(q, k[before:], v[before:], scale, causal=True)
-        # exp(a) / (exp(a) + exp(b)); neither part is without keys. One pass, in float32 inside.
-        share = torch.sigmoid(past_lse - own_lse).to(own.dtype)
-        return own.lerp_(past, share.unsqueeze(-1))
 
     def _module(self, heads: int, groups: int, channels: int, scale: float) -> Any:
         """The DotProductAttention for these sizes; it has no weights, so all layers share it."""

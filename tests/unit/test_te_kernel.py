@@ -90,7 +90,7 @@ def test_no_keys_never_reach_it(stand_in):
 def test_one_module_serves_all_layers(stand_in):
     kernel = TEKernel()
     for _ in range(3):
-        kernel.prefill(*inputs(8, 8), 0.3)
+        kernel.prefill(*inputs(4, 8), 0.3)
     assert [name for name, *_ in stand_in].count("DotProductAttention.__init__") == 1
 
 
@@ -168,11 +168,10 @@ def test_decode_is_its_own_in_a_torch_without_flash_attention(stand_in, as_on_a_
 def test_without_a_fused_backend_another_kernel_is_taken_and_named(
     stand_in, as_on_a_gpu, monkeypatch, channels, instead
 ):
-    """cuDNN before 9.7: a mask that is aligned to the bottom right, as windows have it, wants lengths in multiples of
-    64."""
+    """cuDNN before 9.7: a mask that is aligned to the bottom right wants lengths in multiples of 64."""
     refuse(monkeypatch, lambda q, k, mask: mask == "causal_bottom_right" and (q.shape[0] % 64 or k.shape[0] % 64))
     for decode in (False, True) if instead == "math" else (False,):
-        kernel, told = settle(TEKernel(), Heads(4, 2, channels, window=16), CPU, torch.bfloat16, decode=decode)
+        kernel, told = settle(TEKernel(), Heads(4, 2, channels), CPU, torch.bfloat16, decode=decode)
         assert kernel.name == instead
         assert told.startswith(
             "attention.kernel=te does not take this model (ValueError: No dot product attention backend is available "
@@ -197,10 +196,10 @@ def test_the_users_setting_of_unfused_attention_comes_back(stand_in, monkeypatch
     monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
     if before:
         monkeypatch.setenv("NVTE_UNFUSED_ATTN", before)
-    TEKernel().prefill(*inputs(8, 8), 0.3)
+    TEKernel().prefill(*inputs(4, 8), 0.3)
     refuse(monkeypatch, lambda *_: True)
     with pytest.raises(ValueError, match="No dot product attention backend"):
-        TEKernel().prefill(*inputs(8, 8), 0.3)
+        TEKernel().prefill(*inputs(4, 8), 0.3)
     assert os.environ.get("NVTE_UNFUSED_ATTN") == before
 
 
