@@ -52,10 +52,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two files of tests side by side; alone are those in which time decides: services, and ranks that hang or die.
+# Two files of tests side by side, in their order: xdist would begin with those of most tests, and the long ones, of few,
+# would be left for the end. Alone are those in which time decides: services, and ranks that hang or die.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ALONE := $(wildcard tests/distributed/test_failures.py tests/distributed/test_serve*.py)
-TOGETHER := -n 2 --dist loadfile $(ALONE:%=--ignore %)
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore %)
 
 test: check
 	$(PYTEST) $(TOGETHER)
