@@ -171,6 +171,7 @@ class CoreAttention(nn.Module):
         if isinstance(step, FixedStep):
             over_own.append(step.attend_own(self.layer_number, q, k, v, self.scale))
         for together in step.contexts:
+            at_once = self.window is None and self._takes_at_once(together.sequences)
             for rows in together.sequences:
                 mine = slice(rows.start, rows.stop)
                 if rows.caches_own:
@@ -178,8 +179,11 @@ class CoreAttention(nn.Module):
                 if rows.near is not None and self.window is not None:
                     over_context.append(self._attend_near(q[mine], together.context, rows.near.context, rows))
                     over_own.append(self._attend_near(q[mine], rows.own, rows.near.own, rows))
+                elif not at_once:
+                    over_own.append(self._attend_all(q[mine], rows.own, causal=rows.caches_own))
+            if at_once:
+                over_own.append(self._attend_ragged(q, k, together.sequences))
             if self.window is None:
-                over_own += self._attend_own(q, k, together.sequences)
                 every = slice(together.start, together.stop)
                 over_context.append(self._attend_all(q[every], together.context, causal=False))
         partials = [_joined(over_context), _joined(over_own)]
@@ -191,20 +195,26 @@ class CoreAttention(nn.Module):
             self.state.observer.decoded(self, q, lse, step)
         return out
 
-    def _attend_own(self, q: Tensor, k: Tensor, sequences: tuple[SequenceRows, ...]) -> list[Partial]:
-        """Each of these sequences over its own tokens; one call for all of them where the kernel has one and that
-        copies little. `k` is the step's, of their shape."""
-        ragged = getattr(self.state.decode_kernel, "decode_ragged", None)
-        is_token_each = len(sequences) > 1 and all(rows.stop - rows.start == 1 for rows in sequences)
-        if ragged is not None and is_token_each and not is_fp8(self.state.cache_dtype):
-            nothing = k.new_empty(0, *k.shape[1:], dtype=self.state.cache_dtype)
-            kept = [rows.own.get(self.layer_number) or (nothing, nothing) for rows in sequences]
-            if max(keys.shape[0] for keys, _ in kept) * len(kept) <= MAX_RAGGED_KEYS:
-                keys, values = ([x[:, 0] for x in tensors] for tensors in zip(*kept, strict=True))
-                queries = q[sequences[0].start : sequences[-1].stop, 0].to(self.state.cache_dtype)
-                out, lse = ragged(queries, keys, values, self.scale)
-                return [(out[:, None], lse[:, None])]
-        return [self._attend_all(q[rows.start : rows.stop], rows.own, causal=rows.caches_own) for rows in sequences]
+    def _takes_at_once(self, sequences: tuple[SequenceRows, ...]) -> bool:
+        """Whether these attend to their own tokens in one call: the kernel has one, each has one token (one that comes
+        twice must not see its later one), and what is copied for it is little."""
+        caches = {id(rows.own): rows.own for rows in sequences}
+        return (
+            hasattr(self.state.decode_kernel, "decode_ragged")
+            and not is_fp8(self.state.cache_dtype)
+            and 1 < len(sequences) == len(caches)
+            and all(rows.stop - rows.start == 1 for rows in sequences)
+            and (1 + max(cache.tokens for cache in caches.values())) * len(caches) <= MAX_RAGGED_KEYS
+        )
+
+    def _attend_ragged(self, q: Tensor, k: Tensor, sequences: tuple[SequenceRows, ...]) -> Partial:
+        """A token of each of these sequences over its own tokens; `k`, the step's, is of their shape."""
+        nothing = k.new_empty(0, *k.shape[1:], dtype=self.state.cache_dtype)
+        kept = [rows.own.get(self.layer_number) or (nothing, nothing) for rows in sequences]
+        keys, values = ([x[:, 0] for x in tensors] for tensors in zip(*kept, strict=True))
+        queries = q[sequences[0].start : sequences[-1].stop, 0].to(self.state.cache_dtype)
+        out, lse = self.state.decode_kernel.decode_ragged(queries, keys, values, self.scale)  # type: ignore[attr-defined]
+        return out[:, None], lse[:, None]
 
     def _attend_all(self, q: Tensor, cache: KVCache, *, causal: bool) -> Partial:
         """Over what one cache holds of this layer; without any key out 0, lse -inf."""

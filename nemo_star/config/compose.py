@@ -29,6 +29,7 @@ _HYDRA_OVERRIDES = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
+_FLAGS_WITH_VALUE = frozenset("--cfg -c --config-name -cn --config-dir -cd --config-path -cp --package -p".split())
 _RESOLVING = "ValueError raised while resolving interpolation: "
 
 Config = TypeVar("Config")
@@ -65,7 +66,7 @@ def compose(
     own = [*_HYDRA_OVERRIDES, f"hydra/help={tool}"]
     if {"-h", "--help"} & set(arguments):
         own += _help_overrides(cls, tool)
-    first = next((place for place, text in enumerate(overrides) if _is_override(text)), len(overrides))
+    first = _first_override(overrides)
     overrides[first:first] = own  # argparse takes positional arguments from one place only, flags before or after it
     argv, sys.argv = sys.argv, [sys.argv[0], *overrides]
     try:
@@ -83,8 +84,12 @@ def compose(
     return parse(cls, values)
 
 
-def _is_override(argument: str) -> bool:
-    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+def _first_override(arguments: Sequence[str]) -> int:
+    """The place of the first argument that is neither a flag of Hydra's nor what one takes; without any, the end."""
+    for place, (before, argument) in enumerate(zip(("", *arguments), arguments, strict=False)):
+        if not argument.startswith("-") and before not in _FLAGS_WITH_VALUE:
+            return place
+    return len(arguments)
 
 
 def _project() -> str:

@@ -46,7 +46,7 @@ class DecodeConfig:
     """Transformer Engine's linear layers and norms through torch's functions, which take less of the host."""
     cuda_graph: bool = False
     """Record a step of one token of each sequence as a CUDA graph, and replay it while the same sequences go on. Not
-    with pipeline parallelism or windowed layers; experts in bfloat16 on Hopper or later only."""
+    with pipeline parallelism or windowed layers; experts where torch has grouped products for them."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from nemo_star.attention.step import ContextRows
 from nemo_star.config.model import ModelConfig
 from nemo_star.engine.context import Sequence
 from nemo_star.models.experts import GROUPED_MULTIPLE, runs_grouped_on
+from nemo_star.parallel.experts import ExpertLayout
 from nemo_star.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class CudaStepGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, run: Callable[[], Tensor]) -> Tensor:
-        pool = next((other._graph.pool() for other in self._recorded), None)
+        living = next(iter(self._recorded), None)  # kept until this one has the pool, too
+        pool = None if living is None else living._graph.pool()
         # The threads of NCCL's and of our own watchdog ask for events meanwhile: only this thread's calls count.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
@@ -79,6 +81,17 @@ def cuda_step_graphs() -> Callable[[], StepGraph]:
     """What makes the graphs of one engine."""
     recorded: weakref.WeakSet[CudaStepGraph] = weakref.WeakSet()
     return lambda: CudaStepGraph(recorded)
+
+
+def _odd_width(model: ModelConfig, layout: Layout) -> str | None:
+    """What of a mixture grouped products do not take on a rank; in decode cp ranks may take parts of an expert."""
+    assert model.moe is not None
+    place = ExpertLayout(layout)
+    parts = place.expert_tp * (1 if place.over_cp else layout.cp)
+    if model.hidden_size % GROUPED_MULTIPLE:
+        return f"hidden_size={model.hidden_size}"
+    ffn = model.moe.ffn_hidden_size
+    return f"moe.ffn_hidden_size={ffn}" if ffn % (GROUPED_MULTIPLE * parts) else None
 
 
 def check_graphs(model: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
@@ -98,9 +111,12 @@ def check_graphs(model: ModelConfig, layout: Layout, device: torch.device, dtype
             f"parallel.pipeline_model_parallel_size={layout.pp}: stages wait for each other on the host; set it to 1"
         )
     elif model.moe is not None and not runs_grouped_on(device, dtype):
-        problem = f"the host asks which experts a token takes, but for bfloat16 on Hopper or later; this is {dtype}"
-    elif model.moe is not None and model.moe.ffn_hidden_size % (GROUPED_MULTIPLE * layout.tp * layout.cp):
-        problem = f"moe.ffn_hidden_size={model.moe.ffn_hidden_size} leaves a rank no multiple of {GROUPED_MULTIPLE}"
+        problem = (
+            "the host asks which experts a token takes, but where torch has grouped products (release 2.10, bfloat16, "
+            "compute capability 9 or 10)"
+        )
+    elif model.moe is not None and (odd := _odd_width(model, layout)):
+        problem = f"{odd} leaves a rank no multiple of {GROUPED_MULTIPLE}, which torch's grouped products want"
     elif model.needs_windows:
         problem = "what a windowed layer sees moves with each token"
     if problem is not None:

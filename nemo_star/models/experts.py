@@ -18,11 +18,12 @@ GROUPED_MULTIPLE = 8
 
 
 def runs_grouped_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a kernel for all experts at once: in bfloat16, on Hopper or later, since release 2.10.
+    """Whether torch has a kernel for all experts at once: in bfloat16, since release 2.10, on compute capability 9 and
+    10 (Hopper, and Blackwell in data centres).
 
     Elsewhere its function is a loop that waits for the device (aten/src/ATen/native/cuda/GroupedBlas.cpp).
     """
-    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return is_fast and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
 
 

@@ -142,8 +142,9 @@ class MoE(nn.Module):
         """Each cp rank's own tokens, [t, h]: all see all of them, chunk by chunk, and keep the sums of their own."""
         out = torch.empty_like(tokens)
         group = self.groups.cp
-        for start in range(0, max(tokens_by_rank), MLP_CHUNK_TOKENS):
-            counts = [max(0, min(total - start, MLP_CHUNK_TOKENS)) for total in tokens_by_rank]
+        chunk = max(1, MLP_CHUNK_TOKENS // group.size())  # of a rank: each has those of all at a time
+        for start in range(0, max(tokens_by_rank), chunk):
+            counts = [max(0, min(total - start, chunk)) for total in tokens_by_rank]
             mine = counts[group.rank()]
             padded = tokens.new_zeros(max(counts), tokens.shape[1])
             padded[:mine] = tokens[start : start + mine]
@@ -189,7 +190,7 @@ class MoE(nn.Module):
         out = self.experts.grouped(tokens[order // chosen.shape[1]], factors, experts, ends, channels)
         if self.place.ep > 1:
             out.masked_fill_((experts >= local)[:, None], 0.0)
-        return out[order.argsort()].view(*chosen.shape, -1).sum(dim=1, dtype=torch.float32)
+        return out[order.argsort()].view(*chosen.shape, out.shape[1]).sum(dim=1, dtype=torch.float32)
 
     def _slice(self, channels: int, shared: bool) -> slice:
         """The channels of an expert that this cp rank computes."""

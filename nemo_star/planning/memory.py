@@ -104,8 +104,8 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
 
     Of hidden states there are four: the stage's input, the layer's, the residual stream and its norm. Beside them,
     either queries, keys and values before and after rotary embedding with the attention's output, or the FFN's gate and
-    up projections, the activated gate and their product for a chunk of the tokens; where experts run grouped, in 16
-    bits on a GPU, also their tokens, a row for each expert of a token, with the results and these in the tokens' order.
+    up projections, the activated gate and their product for a chunk of the tokens; where experts may run grouped, in
+    bfloat16 on a GPU, also their tokens, a row for each expert of a token, the results, and these in the tokens' order.
     """
     heads, size = work.heads, work.dtype_bytes
     query, kv = int(heads.query), int(heads.kv)
@@ -114,8 +114,9 @@ def activation_bytes(work: Workload, rank: RankWork) -> int:
     attention = tokens * (hidden + 3 * query + 4 * kv) * size
     attention += int(work.method.attention_bytes(tokens, rank.share, heads, size))
     chunk, moe = min(tokens, MLP_CHUNK_TOKENS), work.model.moe
-    ffn = (tokens * hidden + chunk * 4 * work.model.ffn_channels // work.layout.tp) * size
-    if moe is not None and size == 2:
+    divided = work.layout.tp if moe is None else ExpertLayout(work.layout).expert_tp
+    ffn = (tokens * hidden + chunk * 4 * work.model.ffn_channels // divided) * size
+    if moe is not None and (work.device_type, work.dtype) == ("cuda", "bfloat16"):
         ffn += chunk * moe.experts_per_token * 3 * work.model.hidden_size * size
     head = 4 * work.model.vocab_size * 2  # float32 logits of the last position, and gathered over tp
     layers = stage_windows(work.model, work.layout.pp, 0)[None]

@@ -167,10 +167,20 @@ def test_variables_of_a_chat_template():
             parse(GenerateConfig, {**QUESTION, "chat_template_kwargs": values})
 
 
-@pytest.mark.parametrize("flags_first", [True, False])
-def test_flags_may_come_before_and_after_the_keys(flags_first, capsys):
-    flags, keys = ["--cfg", "job"], ["checkpoint=c", "dtype=float32"]
-    assert compose(GenerateConfig, [*flags, *keys] if flags_first else [*keys, *flags], tool="generate") is None
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cfg", "job", "checkpoint=c", "dtype=float32"],
+        ["checkpoint=c", "dtype=float32", "--cfg", "job"],
+        ["--config-dir", "FOLDER", "--cfg", "job", "checkpoint=c", "dtype=float32"],
+        ["--cfg", "job", "--config-dir", "FOLDER", "checkpoint=c", "dtype=float32"],
+    ],
+)
+def test_flags_may_come_before_and_after_the_keys(arguments, tmp_path, capsys):
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    arguments = [str(folder) if argument == "FOLDER" else argument for argument in arguments]
+    assert compose(GenerateConfig, arguments, tool="generate") is None
     shown = capsys.readouterr().out
     assert "checkpoint: c\n" in shown
     assert "dtype: float32\n" in shown

@@ -59,6 +59,16 @@ def test_a_context_is_freed_with_its_last_reference(engine):
     assert cache() is None
 
 
+@pytest.mark.parametrize("parts", [([7], [9]), ([7, 8], [9, 2])])
+def test_a_sequence_twice_in_a_step_sees_what_came_before_only(engine, parts):
+    context = engine.encode(CONTEXT)
+    once, twice = engine.sequence(context), engine.sequence(context)
+    for sequence in (once, twice):
+        engine.decode([(sequence, [3, 4, 5])])
+    expected = torch.cat([engine.decode([(once, part)]) for part in parts])
+    torch.testing.assert_close(engine.decode([(twice, part) for part in parts]), expected, atol=5e-4, rtol=0)
+
+
 def test_decoding_changes_nothing_in_the_context(engine):
     context = engine.encode(CONTEXT)
     before = kv(context.cache, engine)

@@ -57,7 +57,8 @@ def test_replayed_decode_steps_are_those_of_transformers(converted, monkeypatch)
     model, _, checkpoint = converted
     llm = LLM(checkpoint, attention={"kind": "dense", "kernel": "cpu"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(Experts, "runs_grouped", lambda *_: True)
+    if hasattr(torch.nn.functional, "grouped_mm"):  # without, models with experts are refused
+        monkeypatch.setattr(Experts, "runs_grouped", lambda *_: True)
     try:
         check_graphs(llm.description.model, llm.groups.layout, torch.device("cuda"), torch.bfloat16)
     except ValueError as refused:

@@ -374,6 +374,19 @@ def test_what_is_wrong_is_named_before_anything_runs(overrides, message, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("found", "options"), [("2.20.2", "+linears:torch"), ("absent", "")])
+def test_without_transformer_engine_its_option_is_left_out(found, options, tmp_path, monkeypatch):
+    """The benchmark refuses it there, and with it all that would run beside it."""
+    ran = []
+    monkeypatch.setattr(running, "examine", lambda environment: {**ABOUT, "gpus": 1, "transformer_engine": found})
+    monkeypatch.setattr(running, "carry_out", lambda steps, *_, **__: ran.extend(steps) or 0)
+    run(recipe(f"output={tmp_path / 'out'}"))
+    words = {step.name: word for step in ran for word in step.command if word.startswith("compare=")}
+    assert words["model_131072"] == f"compare=[dense,star:recompute,star:shared,star:shared+steps:graph{options}]"
+    between = "star:shared+linears:torch," if options else ""
+    assert words["decode_model"] == f"compare=[star:shared,{between}star:shared+steps:graph{options}]"
+
+
 def test_the_driver_is_read_where_there_is_no_nvidia_smi(tmp_path, monkeypatch):
     file = tmp_path / "version"
     file.write_text(

@@ -8,7 +8,7 @@ import pytest
 from launch import ROOT, run_tool
 
 from nemo_star.config.compose import CONF, RECIPES, compose, compose_group
-from nemo_star.config.model import ModelConfig
+from nemo_star.config.model import MLP_CHUNK_TOKENS, ModelConfig, MoEConfig
 from nemo_star.config.plan import EfficiencyConfig, MachineConfig, PlanConfig
 from nemo_star.methods import star
 from nemo_star.methods.config import AttentionConfig
@@ -16,14 +16,27 @@ from nemo_star.methods.registry import method_of
 from nemo_star.parallel.layout import Layout
 from nemo_star.planning import report
 from nemo_star.planning.measured import compare_rows
-from nemo_star.planning.memory import fullest_rank, kv_bytes, kv_bytes_read, weight_elements
+from nemo_star.planning.memory import activation_bytes, fullest_rank, kv_bytes, kv_bytes_read, weight_elements
 from nemo_star.planning.plan import block_rows, fastest, plan_rows
 from nemo_star.planning.published import median_error, published_cells
 from nemo_star.planning.time import Clock, decode_seconds, layer_time, prefill_seconds
 from nemo_star.planning.work import Workload, rank_work, work_of
 
 LLAMA = ModelConfig(32, 4096, 32, 8, 14336, 128256)
+EXPERTS = MoEConfig(num_experts=64, experts_per_token=8, ffn_hidden_size=256)
 MACHINES = sorted(path.stem for path in (CONF / "machine").glob("*.yaml"))
+
+
+def test_grouped_experts_hold_a_row_for_each_expert_of_a_token():
+    """models/moe.py: gathered, their results, and these sorted back; more than attention here has."""
+    model = dataclasses.replace(LLAMA, num_query_groups=1, num_attention_heads=2, kv_channels=64, moe=EXPERTS)
+    method = method_of(AttentionConfig(kind="dense"))
+    on_gpu, on_cpu = (
+        Workload(model, Layout(1, 1, 1, 1), method, 8192, device_type=device) for device in ("cuda", "cpu")
+    )
+    rows = MLP_CHUNK_TOKENS * EXPERTS.experts_per_token * model.hidden_size * on_gpu.dtype_bytes
+    held = [activation_bytes(work, rank_work(work)[0]) for work in (on_gpu, on_cpu)]
+    assert held[0] - held[1] == 3 * rows
 
 
 @pytest.fixture(scope="module")
