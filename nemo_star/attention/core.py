@@ -33,8 +33,8 @@ from nemo_star.methods.partition import Block, Partition, Span, clipped, length
 Partial = tuple[Tensor, Tensor]
 """out [sq, b, np, hn] and lse [sq, b, np], float32: attention over some of the keys."""
 
-MAX_RAGGED_KEYS = 4096
-"""Own tokens of several sequences, each counted as the longest, up to which copying them beside each other gains."""
+MAX_RAGGED_NUMBERS = 2**18
+"""In K of several sequences, each counted as the longest: up to it copying them beside each other is no loss."""
 
 
 class CoreAttention(nn.Module):
@@ -171,7 +171,7 @@ class CoreAttention(nn.Module):
         if isinstance(step, FixedStep):
             over_own.append(step.attend_own(self.layer_number, q, k, v, self.scale))
         for together in step.contexts:
-            at_once = self.window is None and self._takes_at_once(together.sequences)
+            at_once = self.window is None and self._takes_at_once(k, together.sequences)
             for rows in together.sequences:
                 mine = slice(rows.start, rows.stop)
                 if rows.caches_own:
@@ -195,16 +195,16 @@ class CoreAttention(nn.Module):
             self.state.observer.decoded(self, q, lse, step)
         return out
 
-    def _takes_at_once(self, sequences: tuple[SequenceRows, ...]) -> bool:
+    def _takes_at_once(self, k: Tensor, sequences: tuple[SequenceRows, ...]) -> bool:
         """Whether these attend to their own tokens in one call: the kernel has one, each has one token (one that comes
-        twice must not see its later one), and what is copied for it is little."""
+        twice must not see its later one), and what is copied for it is little; `k` is the step's."""
         caches = {id(rows.own): rows.own for rows in sequences}
         return (
             hasattr(self.state.decode_kernel, "decode_ragged")
             and not is_fp8(self.state.cache_dtype)
             and 1 < len(sequences) == len(caches)
             and all(rows.stop - rows.start == 1 for rows in sequences)
-            and (1 + max(cache.tokens for cache in caches.values())) * len(caches) <= MAX_RAGGED_KEYS
+            and (1 + max(cache.tokens for cache in caches.values())) * len(caches) * k[0].numel() <= MAX_RAGGED_NUMBERS
         )
 
     def _attend_ragged(self, q: Tensor, k: Tensor, sequences: tuple[SequenceRows, ...]) -> Partial:
