@@ -302,8 +302,9 @@ def test_experts_are_recorded_where_the_host_is_not_asked(capability, dtype, mon
 
 
 def test_memory_is_shared_with_graphs_that_live(monkeypatch):
-    """CUDA's allocator drops a pool with the last graph that has it, and does not take its handle again."""
-    pools = []
+    """CUDA's allocator drops a pool with the last graph that has it, and does not take its handle again. torch collects
+    garbage before it records."""
+    pools, alive, garbage = [], weakref.WeakSet(), []
 
     class Graph:
         def pool(self):
@@ -311,7 +312,10 @@ def test_memory_is_shared_with_graphs_that_live(monkeypatch):
 
     @contextmanager
     def recording(graph, pool, capture_error_mode):
+        garbage.clear()
+        assert pool is None or any(known.shared is pool for known in alive)
         graph.shared = object() if pool is None else pool
+        alive.add(graph)
         pools.append(graph.shared)
         yield
 
@@ -321,8 +325,11 @@ def test_memory_is_shared_with_graphs_that_live(monkeypatch):
     first, second = make(), make()
     assert first.record(lambda: 1) == second.record(lambda: 1) == 1
     del first
-    make().record(lambda: 2)
+    garbage.append(second)
     del second
+    third = make()
+    third.record(lambda: 2)
+    del third
     make().record(lambda: 3)
     assert pools[0] is pools[1] is pools[2] is not pools[3]
 

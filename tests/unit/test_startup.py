@@ -132,3 +132,20 @@ def test_the_short_way_to_a_tokenizer_leads_to_the_same(tmp_path, declared, mode
     assert ours.hf(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.hf.all_special_ids == theirs.all_special_ids
     assert ours.hf.decode(theirs(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
+
+
+def test_transformer_engine_is_imported_after_torch(tmp_path):
+    """Its library needs NCCL, which torch brings into the process, and does not look for it."""
+    package = tmp_path / "transformer_engine"
+    for name in ("", "pytorch", "pytorch/cpp_extensions", "pytorch/cpp_extensions/fused_attn"):
+        (package / name).mkdir(parents=True, exist_ok=True)
+        (package / name / "__init__.py").touch()
+    (package / "__init__.py").write_text("import sys\nassert 'torch' in sys.modules\n__version__ = '2.20.2'\n")
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from nemo_star.runtime.transformer_engine import find_transformer_engine
+assert "torch" not in sys.modules
+assert find_transformer_engine().told() == "Transformer Engine 2.20.2 works", find_transformer_engine()
+"""
+    assert "transformer_engine.pytorch" in loaded_after(program, tmp_path)
