@@ -46,6 +46,7 @@ def walk(engine, folder, *, steps=20):
     texts = [text(seed, 120 + 10 * seed) for seed in range(4)]
     texts.append(texts[0] + text(9, 60))
     expected = [answer(engine, engine.encode(ids)) for ids in texts]
+    gc.collect()  # caches in the garbage of tests before this one, which may be collected at any time
     before = live_bytes()
     whole = ContextStore(engine, budget_bytes=2**40, fingerprint="weights")
     sizes = []
