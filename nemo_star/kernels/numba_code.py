@@ -2,7 +2,7 @@
 
 Tile by tile of tokens as FlashAttention (arXiv 2205.14135, algorithm 1), in powers of two: `scores` of the tile's
 tokens, `softmax` against the largest score so far, `accumulate` the weighted values. Four rows go together, so that
-what is loaded is used four times; the next tile is asked for while this one is worked on.
+what is loaded is used four times; while a tile's scores are computed, its values and the next keys are asked for.
 
 Imported when it is first needed: Numba takes half a second.
 """
@@ -13,19 +13,17 @@ from typing import Any
 
 import numpy as np
 from numba import float32, int16, njit, types, uint16
+from numba.core.registry import cpu_target
 
-from nemo_star.kernels.numba_vectors import (
-    LANES,
-    joins,
-    larger,
-    load,
-    plus_product,
-    prefetch,
-    splat,
-    store,
-    store_quarters,
-)
+from nemo_star.kernels.numba_vectors import joins, larger, loads, plus_product, prefetch, splats, store, store_rows
 
+LANES = 16 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",") else 8
+"""Of the vectors in `scores_of`: sums of four rows and `TOKENS` tokens stay in registers, of which AVX-512 has twice as
+many."""
+TOKENS = LANES // 4
+"""Tokens whose scores are computed together."""
+WIDE = 16
+"""Lanes of the vectors in `accumulate`, which has no more sums than four rows'."""
 TILE = 64
 """Tokens worked on at once."""
 FLAGS = frozenset({"reassoc", "contract", "nsz", "arcp", "afn"})
@@ -41,7 +39,8 @@ EXP2 = tuple(map(F32, (1.54035304e-4, 1.33335581e-3, 9.61812911e-3, 5.55041087e-
 """2**x for |x| <= 1/2, highest power first: the Taylor series of exp(x log 2), off by 1.2e-7 at most."""
 
 _inlined = njit(fastmath=set(FLAGS), forceinline=True)
-join16, join8, join4, join2 = joins(16), joins(8), joins(4), joins(2)
+join_all, join_half, join4, join2 = joins(LANES), joins(LANES // 2), joins(4), joins(2)
+load, splat, load_wide, splat_wide = loads(LANES), splats(LANES), loads(WIDE), splats(WIDE)
 
 
 @njit(fastmath={"contract"}, forceinline=True)  # reassociated, ROUND would cancel out
@@ -58,7 +57,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 @_inlined
 def token_products(q, r, k, token, channels):  # type: ignore[no-untyped-def]
-    """For rows r to r + 3 four lanes each, whose sum is the row's score of a token."""
+    """For rows r to r + 3 a quarter of the lanes each, whose sum is the row's score of a token."""
     s0 = s1 = s2 = s3 = splat(ZERO)
     for c in range(0, channels, LANES):
         x = load(k, token, c)
@@ -66,27 +65,44 @@ def token_products(q, r, k, token, channels):  # type: ignore[no-untyped-def]
         s1 = plus_product(s1, load(q, r + 1, c), x)
         s2 = plus_product(s2, load(q, r + 2, c), x)
         s3 = plus_product(s3, load(q, r + 3, c), x)
-    return join8(join16(s0, s2), join16(s1, s3))
+    return join_half(join_all(s0, s2), join_all(s1, s3))
 
 
 @_inlined
-def scores_of(q, k, start, stop, scores, largest, rows, channels):  # type: ignore[no-untyped-def]
-    """scores[rows, tile] of tokens start to stop; in each row of `largest` four numbers of which one is the largest."""
+def two_tokens(q, r, k, token, channels):  # type: ignore[no-untyped-def]
+    """Scores of rows r to r + 3 for this token and the next, row by row; eight lanes."""
+    s1 = token_products(q, r, k, min(token + 1, k.shape[0] - 1), channels)
+    return join2(token_products(q, r, k, token, channels), s1)
+
+
+@_inlined
+def four_tokens(q, r, k, token, channels):  # type: ignore[no-untyped-def]
+    """The same for four tokens; sixteen lanes."""
     last = k.shape[0] - 1
+    s0 = token_products(q, r, k, token, channels)
+    s1 = token_products(q, r, k, min(token + 1, last), channels)
+    s2 = token_products(q, r, k, min(token + 2, last), channels)
+    s3 = token_products(q, r, k, min(token + 3, last), channels)
+    return join2(join4(s0, s2), join4(s1, s3))
+
+
+some_tokens = two_tokens if TOKENS == 2 else four_tokens
+
+
+@_inlined
+def scores_of(q, k, v, start, stop, scores, largest, rows, channels):  # type: ignore[no-untyped-def]
+    """scores[rows, tile] of tokens start to stop; in each row of `largest` some numbers of which one is the largest."""
     for r in range(0, rows, 4):
         most = splat(-F32(np.inf))
-        for token in range(start, stop, 4):
+        for token in range(start, stop, TOKENS):
             if r == 0:
-                for byte in range(0, 4 * channels * k.itemsize, LINE):
+                for byte in range(0, TOKENS * channels * k.itemsize, LINE):
                     prefetch(k, token + TILE, byte)
-            s0 = token_products(q, r, k, token, channels)
-            s1 = token_products(q, r, k, min(token + 1, last), channels)
-            s2 = token_products(q, r, k, min(token + 2, last), channels)
-            s3 = token_products(q, r, k, min(token + 3, last), channels)
-            found = join2(join4(s0, s2), join4(s1, s3))
-            store_quarters(found, scores, r, token - start)
+                    prefetch(v, token, byte)
+            found = some_tokens(q, r, k, token, channels)
+            store_rows(found, scores, r, token - start)
             most = larger(most, found)
-        store_quarters(most, largest, r, 0)
+        store_rows(most, largest, r, 0)
 
 
 @_inlined
@@ -95,7 +111,7 @@ def softmax(scores, largest, before, sums, out, tokens, rows, channels):  # type
     for r in range(rows):
         scores[r, tokens:] = -np.inf
         row, top = scores[r], before[r]
-        for i in range(4):
+        for i in range(TOKENS):
             top = max(top, largest[r, i])
         total = ZERO
         for i in range(TILE):
@@ -113,16 +129,15 @@ def softmax(scores, largest, before, sums, out, tokens, rows, channels):  # type
 def accumulate(scores, v, start, stop, out, rows, channels):  # type: ignore[no-untyped-def]
     """out += weights @ values of tokens start to stop."""
     for r in range(0, rows, 4):
-        for c in range(0, channels, LANES):
-            o0, o1, o2, o3 = load(out, r, c), load(out, r + 1, c), load(out, r + 2, c), load(out, r + 3, c)
+        for c in range(0, channels, WIDE):
+            o0, o1 = load_wide(out, r, c), load_wide(out, r + 1, c)
+            o2, o3 = load_wide(out, r + 2, c), load_wide(out, r + 3, c)
             for token in range(start, stop):
-                if r == 0:
-                    prefetch(v, token + TILE, c * v.itemsize)
-                i, x = token - start, load(v, token, c)
-                o0 = plus_product(o0, splat(scores[r, i]), x)
-                o1 = plus_product(o1, splat(scores[r + 1, i]), x)
-                o2 = plus_product(o2, splat(scores[r + 2, i]), x)
-                o3 = plus_product(o3, splat(scores[r + 3, i]), x)
+                i, x = token - start, load_wide(v, token, c)
+                o0 = plus_product(o0, splat_wide(scores[r, i]), x)
+                o1 = plus_product(o1, splat_wide(scores[r + 1, i]), x)
+                o2 = plus_product(o2, splat_wide(scores[r + 2, i]), x)
+                o3 = plus_product(o3, splat_wide(scores[r + 3, i]), x)
             store(o0, out, r, c)
             store(o1, out, r + 1, c)
             store(o2, out, r + 2, c)
@@ -138,13 +153,13 @@ def compiled(rows: int, channels: int, stored: str) -> Any:
 
     def attend(q, k, v, out, lse):  # type: ignore[no-untyped-def]
         scores = np.empty((rows, TILE), np.float32)
-        largest = np.empty((rows, 4), np.float32)
+        largest = np.empty((rows, TOKENS), np.float32)
         before = np.full(rows, -np.inf, np.float32)
         sums = np.zeros(rows, np.float32)
         out[:] = 0
         for start in range(0, k.shape[0], TILE):
             stop = min(start + TILE, k.shape[0])
-            scores_of(q, k, start, stop, scores, largest, rows, channels)
+            scores_of(q, k, v, start, stop, scores, largest, rows, channels)
             softmax(scores, largest, before, sums, out, stop - start, rows, channels)
             accumulate(scores, v, start, stop, out, rows, channels)
         for r in range(rows):

@@ -1,6 +1,6 @@
 """Vectors of floats for Python that Numba compiles, as LLVM's own: for what its loops alone do not make good code of.
 
-Adding up one vector's lanes costs eight instructions. `joins` does it for sixteen vectors together, three for each.
+Adding up one vector's lanes costs eight instructions. `joins` does it for many vectors together, three for each.
 Every intrinsic is (types -> signature, code); LLVM keeps a vector in as many registers as it takes.
 """
 
@@ -13,27 +13,33 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
-
 _I32 = ir.IntType(32)
-_FLOATS, _BITS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
 
 
 class _VectorType(types.Type):
-    """LANES floats."""
+    """So many floats."""
 
-
-VECTOR = _VectorType("Vector")
+    def __init__(self, lanes: int) -> None:
+        super().__init__(f"Vector{lanes}")
+        self.lanes = lanes
 
 
 @register_model(_VectorType)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, _floats(kind.lanes))
 
 
-def _all(value: Any, kind: Any = _BITS) -> Any:
-    return ir.Constant(kind, [value] * LANES)
+def _floats(lanes: int) -> Any:
+    return ir.VectorType(ir.FloatType(), lanes)
+
+
+def _bits(lanes: int) -> Any:
+    return ir.VectorType(_I32, lanes)
+
+
+def _all(kind: Any, value: Any) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
 
 
 def _lanes(places: list[int]) -> Any:
@@ -47,57 +53,65 @@ def _address(context: Any, builder: Any, array: Any, value: Any, row: Any, colum
     return builder.gep(made.data, [builder.add(builder.mul(row, width), column)])
 
 
-@intrinsic
-def load(context: Any, array: Any, row: Any, column: Any) -> Any:
-    """array[row, column : column + LANES] as float32; int16 are the bits of bfloat16, uint16 those of float16."""
+def loads(lanes: int) -> Any:
+    """`load(array, row, column)`: array[row, column : column + lanes] as float32; int16 are bits of bfloat16, uint16 of
+    float16."""
+    floats, ints = _floats(lanes), _bits(lanes)
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        item = context.get_value_type(array.dtype)
-        address = _address(context, builder, array, *arguments)
-        pointer = builder.bitcast(address, ir.VectorType(item, LANES).as_pointer())
-        value = builder.load(pointer, align=array.dtype.bitwidth // 8)
-        if array.dtype == types.float32:
-            return value
-        if array.dtype == types.uint16:
-            return _from_float16(context, builder, value)
-        return builder.bitcast(builder.shl(builder.zext(value, _BITS), _all(16)), _FLOATS)
+    @intrinsic
+    def load(context: Any, array: Any, row: Any, column: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            item = context.get_value_type(array.dtype)
+            address = _address(context, builder, array, *arguments)
+            pointer = builder.bitcast(address, ir.VectorType(item, lanes).as_pointer())
+            value = builder.load(pointer, align=array.dtype.bitwidth // 8)
+            if array.dtype == types.float32:
+                return value
+            if array.dtype == types.uint16:
+                return _from_float16(context, builder, value)
+            return builder.bitcast(builder.shl(builder.zext(value, ints), _all(ints, 16)), floats)
 
-    return VECTOR(array, types.int64, types.int64), emit
+        return _VectorType(lanes)(array, types.int64, types.int64), emit
+
+    return load
 
 
 def _from_float16(context: Any, builder: Any, bits: Any) -> Any:
     """By the processor's own instruction, or in integers where LLVM would call a function that may not be there."""
+    lanes = bits.type.count
+    floats, ints = _floats(lanes), _bits(lanes)
     triple, _, features = context.codegen().magic_tuple()
     if "+f16c" in features.split(",") or triple.startswith(("aarch64", "arm64")):
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
-    upper = builder.shl(builder.zext(bits, _BITS), _all(16))
-    size = builder.lshr(builder.and_(upper, _all(0x7FFFFFFF)), _all(3))
-    special = builder.icmp_unsigned(">=", size, _all(0x0F800000))  # infinity and nan stay what they are
-    size = builder.select(special, builder.or_(size, _all(0x7F800000)), size)
-    value = builder.bitcast(builder.fmul(builder.bitcast(size, _FLOATS), _all(2.0**112, _FLOATS)), _BITS)
-    return builder.bitcast(builder.or_(value, builder.and_(upper, _all(0x80000000))), _FLOATS)
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes)), floats)
+    upper = builder.shl(builder.zext(bits, ints), _all(ints, 16))
+    size = builder.lshr(builder.and_(upper, _all(ints, 0x7FFFFFFF)), _all(ints, 3))
+    special = builder.icmp_unsigned(">=", size, _all(ints, 0x0F800000))  # infinity and nan stay what they are
+    size = builder.select(special, builder.or_(size, _all(ints, 0x7F800000)), size)
+    value = builder.bitcast(builder.fmul(builder.bitcast(size, floats), _all(floats, 2.0**112)), ints)
+    return builder.bitcast(builder.or_(value, builder.and_(upper, _all(ints, 0x80000000))), floats)
 
 
 @intrinsic
 def store(context: Any, vector: Any, array: Any, row: Any, column: Any) -> Any:
-    """array[row, column : column + LANES] = vector; float32."""
+    """array[row, column : column + lanes] = vector; float32."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, array, *arguments[1:])
-        builder.store(arguments[0], builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        builder.store(arguments[0], builder.bitcast(address, arguments[0].type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(vector, array, types.int64, types.int64), emit
 
 
 @intrinsic
-def store_quarters(context: Any, vector: Any, array: Any, row: Any, column: Any) -> Any:
-    """Four numbers into each of four rows: array[row : row + 4, column : column + 4] = vector; float32."""
+def store_rows(context: Any, vector: Any, array: Any, row: Any, column: Any) -> Any:
+    """A quarter into each of four rows: array[row : row + 4, column : column + lanes / 4] = vector; float32."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, rows, row, column = arguments
+        share = vector.lanes // 4
         for i in range(4):
-            quarter = builder.shuffle_vector(value, value, _lanes([4 * i + lane for lane in range(4)]))
+            quarter = builder.shuffle_vector(value, value, _lanes([share * i + lane for lane in range(share)]))
             address = _address(context, builder, array, rows, builder.add(row, ir.Constant(row.type, i)), column)
             builder.store(quarter, builder.bitcast(address, quarter.type.as_pointer()), align=4)
         return context.get_dummy_value()
@@ -105,15 +119,18 @@ def store_quarters(context: Any, vector: Any, array: Any, row: Any, column: Any)
     return types.void(vector, array, types.int64, types.int64), emit
 
 
-@intrinsic
-def splat(context: Any, value: Any) -> Any:
-    """A vector of one number."""
+def splats(lanes: int) -> Any:
+    """`splat(value)`: a vector of one number."""
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), arguments[0], _I32(0))
-        return builder.shuffle_vector(first, first, _all(0))
+    @intrinsic
+    def splat(context: Any, value: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            first = builder.insert_element(ir.Constant(_floats(lanes), ir.Undefined), arguments[0], _I32(0))
+            return builder.shuffle_vector(first, first, _all(_bits(lanes), 0))
 
-    return VECTOR(types.float32), emit
+        return _VectorType(lanes)(types.float32), emit
+
+    return splat
 
 
 @intrinsic
@@ -124,7 +141,7 @@ def plus_product(context: Any, total: Any, x: Any, y: Any) -> Any:
         total, x, y = arguments
         return builder.fadd(total, builder.fmul(x, y, flags=("contract",)), flags=("contract",))
 
-    return VECTOR(total, x, y), emit
+    return total(total, x, y), emit
 
 
 @intrinsic
@@ -134,21 +151,23 @@ def larger(context: Any, x: Any, y: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
 
-    return VECTOR(x, y), emit
+    return x(x, y), emit
 
 
 def joins(run: int) -> Any:
     """`join(x, y)`: each run of lanes, in halves that are added, gives half a run, one of x and one of y in turn."""
-    starts, half = range(0, LANES, run), run // 2
-    lower = [of + start + lane for start in starts for of in (0, LANES) for lane in range(half)]
+    half = run // 2
 
     @intrinsic
     def join(context: Any, x: Any, y: Any) -> Any:
+        starts = range(0, x.lanes, run)
+        lower = [of + start + lane for start in starts for of in (0, x.lanes) for lane in range(half)]
+
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             picks = (_lanes(lower), _lanes([lane + half for lane in lower]))
             return builder.fadd(*(builder.shuffle_vector(*arguments, pick) for pick in picks))
 
-        return VECTOR(x, y), emit
+        return x(x, y), emit
 
     return join
 

@@ -1,6 +1,7 @@
 """Decode on CPU by Numba's code, against plain float64 attention."""
 
 import ctypes
+import importlib.util
 import math
 import mmap
 import os
@@ -151,6 +152,27 @@ def test_what_it_does_not_take_goes_to_torch(monkeypatch):
     other = torch.zeros(2, 1, 8, 64)
     out = NumbaKernel().decode(other, k, v, 0.3, causal=True)
     torch.testing.assert_close(out, TorchCpuKernel().decode(other, k, v, 0.3, causal=True), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("features", ["+avx2,+f16c", "+avx2,+avx512f,+f16c"])
+def test_processors_with_few_and_with_many_registers(monkeypatch, features):
+    """Each gets code of its own; both run anywhere."""
+    from numba.core.caching import FunctionCache
+    from numba.core.codegen import JITCPUCodegen
+
+    from nemo_star.kernels import numba_code
+
+    monkeypatch.setattr(FunctionCache, "save_overload", lambda *_: None)
+    monkeypatch.setattr(FunctionCache, "load_overload", lambda *_: None)
+    spec = importlib.util.spec_from_file_location("numba_code_of_another", numba_code.__file__)
+    other = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(JITCPUCodegen, "magic_tuple", lambda _: ("", "", features))
+        spec.loader.exec_module(other)
+    assert (16 if "avx512f" in features else 8) == other.LANES
+    monkeypatch.setattr(numba_kernel, "_code", other.compiled)
+    for dtype, tokens in ((torch.float32, 257), (torch.bfloat16, 63), (torch.float16, 3)):
+        check(query(14, 80), *cached(tokens, 2, 80, dtype))
 
 
 def test_a_full_disk_does_not_keep_it_from_working(monkeypatch):
