@@ -70,7 +70,7 @@ def transformer_config(
         layernorm_epsilon=model.layernorm_epsilon,
         normalization="RMSNorm",
         layernorm_zero_centered_gamma=model.zero_centered_norms and implementation == "transformer_engine",
-        qk_layernorm=model.qk_norm == "head",
+        qk_layernorm=model.qk_norm != "none",  # else Megatron 0.19 refuses a spec with such norms
         softmax_scale=softmax_scale(model),
         softmax_type="learnable" if model.attention_sinks else "vanilla",
         # Megatron counts the tokens before and after a token's own, and marks windowed layers by 1.

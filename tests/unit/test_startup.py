@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from launch import ENVIRONMENT, ROOT
 from transformers import AutoTokenizer
 
@@ -67,7 +68,9 @@ import megatron.core.transformer.moe.router
 """
     loaded = loaded_after(program)
     assert "megatron.core.transformer.moe.router" in loaded
-    assert not {"torch._inductor.compile_fx", "transformers", "sentencepiece"} & loaded
+    assert not {"transformers", "sentencepiece"} & loaded
+    if hasattr(torch.compiler, "set_default_backend"):  # from torch 2.13 on
+        assert "torch._inductor.compile_fx" not in loaded
 
 
 def test_what_others_compile_is_compiled_as_always():
