@@ -103,6 +103,14 @@ def test_the_planner_knows_the_weights(converted):
     assert weight_elements(llm.description.model, Layout(1, 1, 1, 1), 0) == held
 
 
+def test_megatron_is_told_of_every_norm_of_queries_and_keys(converted):
+    """Release 0.19 refuses to build layers whose spec has some that the configuration does not know of."""
+    llm = LLM(converted[2])
+    layer = llm.engine.stage.model.decoder.layers[0]
+    has_some = any(name.endswith("q_layernorm.weight") for name, _ in layer.named_parameters())
+    assert layer.config.qk_layernorm == has_some == (llm.description.model.qk_norm != "none")
+
+
 def values_of(family, **changed):
     import transformers
 
