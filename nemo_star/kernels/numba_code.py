@@ -1,8 +1,11 @@
 """Attention of a few query rows over the keys of one group, reading K and V once: plain Python that Numba compiles.
 
-Tile by tile of tokens as FlashAttention (arXiv 2205.14135, algorithm 1), in powers of two: `scores` of the tile's
+Tile by tile of tokens as FlashAttention (arXiv 2205.14135, algorithm 1), in powers of two: `scores_of` the tile's
 tokens, `softmax` against the largest score so far, `accumulate` the weighted values. Four rows go together, so that
 what is loaded is used four times; while a tile's scores are computed, its values and the next keys are asked for.
+
+A vector of `scores_of` lies along the channels, and its lanes have to be added up in the end. Where there are rows
+enough to fill one (several questions), `scores_of_many` has a lane for each row, and nothing is left to add up.
 
 Imported when it is first needed: Numba takes half a second.
 """
@@ -15,13 +18,26 @@ import numpy as np
 from numba import float32, int16, njit, types, uint16
 from numba.core.registry import cpu_target
 
-from nemo_star.kernels.numba_vectors import joins, larger, loads, plus_product, prefetch, splats, store, store_rows
+from nemo_star.kernels.numba_vectors import (
+    joins,
+    larger,
+    loads,
+    plus_product,
+    prefetch,
+    splats,
+    store,
+    store_rows,
+    store_turned,
+)
 
 LANES = 16 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",") else 8
 """Of the vectors in `scores_of`: sums of four rows and `TOKENS` tokens stay in registers, of which AVX-512 has twice as
 many."""
 TOKENS = LANES // 4
 """Tokens whose scores are computed together."""
+MANY = 2 * LANES
+"""Rows that fill the vectors in `scores_of_many`, of which the sums of `TURNED` tokens stay in registers."""
+TURNED = 4
 WIDE = 16
 """Lanes of the vectors in `accumulate`, which has no more sums than four rows'."""
 TILE = 64
@@ -41,6 +57,7 @@ EXP2 = tuple(map(F32, (1.54035304e-4, 1.33335581e-3, 9.61812911e-3, 5.55041087e-
 _inlined = njit(fastmath=set(FLAGS), forceinline=True)
 join_all, join_half, join4, join2 = joins(LANES), joins(LANES // 2), joins(4), joins(2)
 load, splat, load_wide, splat_wide = loads(LANES), splats(LANES), loads(WIDE), splats(WIDE)
+load_many, splat_many = loads(MANY), splats(MANY)
 
 
 @njit(fastmath={"contract"}, forceinline=True)  # reassociated, ROUND would cancel out
@@ -106,6 +123,37 @@ def scores_of(q, k, v, start, stop, scores, largest, rows, channels):  # type: i
 
 
 @_inlined
+def scores_of_many(turned, keys, k, v, start, tokens, scores, largest, rows, channels):  # type: ignore[no-untyped-def]
+    """The same of queries turned[channels, rows] and the tile's keys[tokens, channels] in float32."""
+    for r in range(0, rows, MANY):
+        most = splat_many(-F32(np.inf))
+        for i in range(0, tokens, TURNED):
+            if r == 0:
+                for byte in range(0, TURNED * channels * k.itemsize, LINE):
+                    prefetch(k, start + i + TILE, byte)
+                    prefetch(v, start + i, byte)
+            i1, i2, i3 = min(i + 1, tokens - 1), min(i + 2, tokens - 1), min(i + 3, tokens - 1)
+            s0 = s1 = s2 = s3 = splat_many(ZERO)
+            for c in range(channels):
+                x = load_many(turned, c, r)
+                s0 = plus_product(s0, splat_many(keys[i, c]), x)
+                s1 = plus_product(s1, splat_many(keys[i1, c]), x)
+                s2 = plus_product(s2, splat_many(keys[i2, c]), x)
+                s3 = plus_product(s3, splat_many(keys[i3, c]), x)
+            store_turned(s0, s1, s2, s3, scores, r, i)
+            most = larger(most, larger(larger(s0, s1), larger(s2, s3)))
+        store_turned(most, most, most, most, largest, r, 0)
+
+
+@_inlined
+def unpack(k, start, tokens, keys, channels):  # type: ignore[no-untyped-def]
+    """A tile's keys to float32."""
+    for i in range(tokens):
+        for c in range(0, channels, WIDE):
+            store(load_wide(k, start + i, c), keys, i, c)
+
+
+@_inlined
 def softmax(scores, largest, before, sums, out, tokens, rows, channels):  # type: ignore[no-untyped-def]
     """Scores to weights; sums and out shrunk from the largest score `before` to the largest now."""
     for r in range(rows):
@@ -150,16 +198,25 @@ def compiled(rows: int, channels: int, stored: str) -> Any:
     q, out [rows, channels] float32, q with scale and log2(e) multiplied in; k, v [tokens, channels] of
     `STORED[stored]`, tokens > 0; lse [rows] float32 in powers of two. `rows` is a multiple of 4, `channels` of 16.
     """
+    are_many, are_floats = rows % MANY == 0, stored == "float32"
 
     def attend(q, k, v, out, lse):  # type: ignore[no-untyped-def]
         scores = np.empty((rows, TILE), np.float32)
-        largest = np.empty((rows, TOKENS), np.float32)
+        largest = np.empty((rows, TURNED), np.float32)
         before = np.full(rows, -np.inf, np.float32)
         sums = np.zeros(rows, np.float32)
         out[:] = 0
+        turned = q.T.copy() if are_many else q
+        unpacked = np.empty((TILE if are_many and not are_floats else 0, channels), np.float32)
         for start in range(0, k.shape[0], TILE):
             stop = min(start + TILE, k.shape[0])
-            scores_of(q, k, v, start, stop, scores, largest, rows, channels)
+            if not are_many:
+                scores_of(q, k, v, start, stop, scores, largest, rows, channels)
+            elif are_floats:
+                scores_of_many(turned, k[start:stop], k, v, start, stop - start, scores, largest, rows, channels)
+            else:
+                unpack(k, start, stop - start, unpacked, channels)
+                scores_of_many(turned, unpacked, k, v, start, stop - start, scores, largest, rows, channels)
             softmax(scores, largest, before, sums, out, stop - start, rows, channels)
             accumulate(scores, v, start, stop, out, rows, channels)
         for r in range(rows):

@@ -119,6 +119,26 @@ def store_rows(context: Any, vector: Any, array: Any, row: Any, column: Any) -> 
     return types.void(vector, array, types.int64, types.int64), emit
 
 
+@intrinsic
+def store_turned(context: Any, a: Any, b: Any, c: Any, d: Any, array: Any, row: Any, column: Any) -> Any:
+    """Lane i of the four vectors into row i: array[row + i, column : column + 4] = a[i], b[i], c[i], d[i]; float32."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *vectors, array, row, column = arguments
+        lanes = vectors[0].type.count
+        for i in range(0, lanes, 4):  # four by four, in two rounds
+            turn = _lanes([of + i + lane for lane in range(4) for of in (0, lanes)])
+            ab, cd = (builder.shuffle_vector(x, y, turn) for x, y in (vectors[:2], vectors[2:]))
+            for lane in range(4):
+                four = builder.shuffle_vector(ab, cd, _lanes([2 * lane, 2 * lane + 1, 8 + 2 * lane, 9 + 2 * lane]))
+                place = builder.add(row, ir.Constant(row.type, i + lane))
+                address = _address(context, builder, signature.args[4], array, place, column)
+                builder.store(four, builder.bitcast(address, four.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(a, b, c, d, array, types.int64, types.int64), emit
+
+
 def splats(lanes: int) -> Any:
     """`splat(value)`: a vector of one number."""
 
