@@ -122,13 +122,15 @@ class _Sweep:
             open_context=lambda work: contexts.open_even_alone(work, scheduler.works_in_use),
         )
         asked: dict[int, Asked] = {}
+        owners = []
         for sample in samples:
             context, query = self._ids(llm, sample)
             params = SamplingParams(max_tokens=sample.max_tokens, stop=self._config.inference.end_strings)
             ids = array("i", context)
             # Each text is its own owner: none starts from another's first blocks, so prefill is timed as a whole.
             key = context_key(ids)
-            question = llm.question(contexts.work(ids, owner=key.hex(), key=key), query, params)
+            owners.append(key.hex())
+            question = llm.question(contexts.work(ids, owner=owners[-1], key=key), query, params)
             asked[id(question)] = sample
             scheduler.add(question)
         lines = []
@@ -138,6 +140,8 @@ class _Sweep:
                 if (line := self._line(llm, question, sample)) is not None:
                     lines.append((sample, line))
                 contexts.let_go(question.work)
+        for owner in owners:
+            store.forget_owner(owner)  # what refers to them is in a cycle, and Python would collect it much later
         return lines
 
     def _ids(self, llm: OpenedModel, sample: Asked) -> list[list[int]]:

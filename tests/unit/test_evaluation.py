@@ -1,14 +1,18 @@
 """Parts of an evaluation: sizes, intervals, the journal, the report."""
 
+import gc
 import json
 import re
 
 import numpy as np
 import pytest
 import scipy.stats
+from store_walk import live_bytes
 
 from nemo_star.config.evaluate import EvaluateConfig, size_of
+from nemo_star.config.generate import InferenceConfig
 from nemo_star.evaluation import report
+from nemo_star.evaluation import run as sweep
 from nemo_star.evaluation.journal import SAMPLES_FILE, Journal
 from nemo_star.evaluation.report import ALL_TASKS, cells, comma_separated, markdown, write_report
 from nemo_star.evaluation.samples import given, made
@@ -209,3 +213,25 @@ def test_an_interrupted_journal_goes_on_and_another_sweep_s_does_not(tmp_path):
     assert (folder / SAMPLES_FILE).read_bytes() == whole
     assert again.lines == journal.lines
     assert all(json.loads(text) for text in whole.decode().splitlines())
+
+
+def test_no_context_outlives_its_samples(demo, tmp_path, monkeypatch):
+    """Not even until Python collects what refers to itself: 8K tokens of every sample would fill the memory."""
+    alive, following = [], sweep._Sweep._next
+
+    def next_of(self, contender, size):
+        alive.append(live_bytes())
+        return following(self, contender, size)
+
+    monkeypatch.setattr(sweep._Sweep, "_next", next_of)
+    monkeypatch.setattr(sweep, "_BATCHES", 1)
+    gc.collect()
+    gc.disable()
+    try:
+        sizes = {"lengths": (512,), "samples": 3, "tasks": ("niah_single_1",)}
+        inference = InferenceConfig(tokens_to_generate=4, max_batch_size=1)
+        sweep.run(EvaluateConfig(checkpoint=str(demo), output=str(tmp_path / "out"), inference=inference, **sizes))
+    finally:
+        gc.enable()
+    assert len(alive) == 2 * 4
+    assert len(set(alive)) == 1
