@@ -20,6 +20,7 @@ from nemo_star.methods.config import AttentionConfig
 from nemo_star.methods.registry import method_of
 from nemo_star.models.build import build_model
 from nemo_star.models.decode_sharding import install
+from nemo_star.models.direct_linears import install_few_rows
 from nemo_star.models.rotary import PositionRotaryEmbedding, build_rotary, build_windowed_rotary
 from nemo_star.models.stage import Stage
 from nemo_star.models.torch_linears import install_torch_linears
@@ -116,6 +117,7 @@ def engine_around(
     decode = decode or DecodeConfig()
     if decode.torch_linears:
         install_torch_linears(model, state)
+    install_few_rows(model, state)
     stage = Stage(
         model,
         rotary,

@@ -225,10 +225,15 @@ def compiled(rows: int, channels: int, stored: str) -> Any:
             lse[r] = before[r] + np.log2(sums[r])
 
     attend.__qualname__ = f"attend_{rows}_{channels}_{stored}"  # a name in the cache of its own
-    work = njit(fastmath=set(FLAGS), nogil=True, error_model="numpy", cache=True)(attend)
     kept = STORED[stored][:, ::1]
+    return kept_on_disk(attend, types.void(float32[:, ::1], kept, kept, float32[:, ::1], float32[::1]))
+
+
+def kept_on_disk(function: Any, given: Any) -> Any:
+    """Compiled for what it is given, by this process or one before; without Python's lock."""
+    work = njit(fastmath=set(FLAGS), nogil=True, error_model="numpy", cache=True)(function)
     try:
-        work.compile(types.void(float32[:, ::1], kept, kept, float32[:, ::1], float32[::1]))
+        work.compile(given)
     except OSError:  # no room on the disk to keep it for the next process
         if not work.signatures:
             raise

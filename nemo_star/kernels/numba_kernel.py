@@ -28,7 +28,7 @@ MORE_FOR_ROWS = 4
 """Times as many for several tokens: most are a query, which comes once, and code for many rows compiles for seconds."""
 BYTES_PER_THREAD = 2**20
 """Of K and V: below, handing the work over takes longer than the work."""
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
+BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 """As in numba_code.py: numpy has no bfloat16, and Numba no float16."""
 
 
@@ -57,12 +57,12 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.shape[0] * (q.shape[2] // k.shape[2]) <= ROWS[-1]
         and 2 * k.nbytes >= MIN_BYTES * (1 if q.shape[0] == 1 else MORE_FOR_ROWS)
-        and k.dtype in _BITS
+        and k.dtype in BITS
         and k.dtype == v.dtype
         and k.shape == v.shape
         and k.shape[3] % 16 == 0
         and all(x.stride(0) == x.shape[3] and x.stride(3) == 1 for x in (k, v))
-        and _cores() >= torch.get_num_threads()
+        and free_cores() >= torch.get_num_threads()
     )
 
 
@@ -88,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     scaled[:, :, :rows] = by_group * (scale * math.log2(math.e))
     out = scaled.new_empty(threads, b, ng, padded, hn)
     lse = scaled.new_empty(threads, b, ng, padded)
-    keys, values = (x.view(_BITS[k.dtype]).permute(1, 2, 0, 3).numpy() for x in (k, v))
+    keys, values = (x.view(BITS[k.dtype]).permute(1, 2, 0, 3).numpy() for x in (k, v))
     queries, outs, lses = (x.numpy() for x in (scaled, out, lse))
 
     def run(thread: int) -> None:
@@ -100,20 +100,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     if threads == 1:
         run(0)
     else:
-        list(_pool(torch.get_num_threads()).map(run, range(threads)))
+        list(thread_pool(torch.get_num_threads()).map(run, range(threads)))
     by_token = (threads, b, ng, sq, heads // ng)
     partial_outs = out[:, :, :, :rows].reshape(*by_token, hn).permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
     partial_lses = lse[:, :, :, :rows].reshape(by_token).permute(0, 3, 1, 2, 4).flatten(3, 4) * math.log(2)
     return (partial_outs[0], partial_lses[0]) if threads == 1 else merge_partials(partial_outs, partial_lses)
 
 
-def _cores() -> int:
+def free_cores() -> int:
     """Cores that new threads may run on: OMP_PROC_BIND leaves one, and torch's own threads have theirs already."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
     """The code runs outside Python's lock, so Python's threads do."""
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")
 

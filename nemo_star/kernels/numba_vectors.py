@@ -165,6 +165,16 @@ def plus_product(context: Any, total: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
+def plus(context: Any, x: Any, y: Any) -> Any:
+    """x + y."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return x(x, y), emit
+
+
+@intrinsic
 def larger(context: Any, x: Any, y: Any) -> Any:
     """The larger of two, lane by lane; y where one is nan."""
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nemo_star.attention.step import AttentionState, DecodeStep, PrefillStep
 from nemo_star.config.model import MLP_CHUNK_TOKENS
+from nemo_star.kernels import few_rows
 from nemo_star.methods.partition import shares
 from nemo_star.models.moe import MoE
 from nemo_star.models.te_weights import bias_of, rms_norm
@@ -79,10 +79,10 @@ class PhasedMLP(nn.Module):
         first, *second = fc1.split(width)  # gated: [gate; up]
         bias = bias_of(self.mlp.linear_fc1)
         biases = [None, None] if bias is None else [of[mine] for of in bias.split(width)]
-        inner = config.activation_func(F.linear(hidden, first[mine], biases[0]))
+        inner = config.activation_func(few_rows.linear(hidden, first[mine], biases[0]))
         if second:
-            inner = inner * F.linear(hidden, second[0][mine], biases[1])
-        out = F.linear(inner, fc2[:, mine])
+            inner = inner * few_rows.linear(hidden, second[0][mine], biases[1])
+        out = few_rows.linear(inner, fc2[:, mine])
         dist.all_reduce(out, group=group)
         return out
 
@@ -118,7 +118,7 @@ class SlicedProjection(nn.Module):
         if not isinstance(self.state.step, DecodeStep) or group is None:
             return self.projection(attended)
         mine = own_slice(attended.shape[-1], group, self._tp_size)
-        out = F.linear(attended[..., mine], self.projection.weight[:, mine])
+        out = few_rows.linear(attended[..., mine], self.projection.weight[:, mine])
         dist.all_reduce(out, group=group)
         return out, bias_of(self.projection)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nemo_star.attention.cache import KVShape
 from nemo_star.attention.step import PrefillStep
+from nemo_star.kernels import few_rows
 from nemo_star.models.moe import MoE
 from nemo_star.models.rotary import PositionRotaryEmbedding
 from nemo_star.models.rotary_pieces import RotaryPieces
@@ -234,6 +235,8 @@ def _rows(hidden: Tensor, wanted: list[int]) -> Tensor:
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [rows, b, h] times a part of the head's weight [part of vocab, h] -> [rows, part of vocab]."""
+    if few_rows.takes(hidden, weight):
+        return few_rows.linear(hidden, weight).flatten(1)
     if hidden.device.type == "cpu" and 1 < hidden.shape[0] <= _FEW_ROWS:
         # MKL packs the weight anew for each product of more than one row, unless the rows are the right operand.
         return torch.mm(weight, hidden.flatten(1).t()).t()

@@ -1,12 +1,9 @@
 """Transformer Engine's linear layers and norms through torch's functions, in decode.
 
 A call of one of its modules takes the host long (autocast and FP8 states, workspaces, an autograd function with some
-fifty arguments), which is nothing beside a block of a context and more than the device needs for a token. What the
-modules compute in 16 bits is little (release 2.9, pytorch/module/linear.py and layernorm_linear.py, `forward`):
-
-    column    x W^T + bias; where the bias is returned (`return_bias`), it is not added
-    row       x W^T, summed over tp, then + bias: `gemm_bias_unfused_add`; or the bias is returned
-    norm      RMSNorm in float32, its weight + 1 where it is zero-centred, rounded to the input's type
+fifty arguments), which is nothing beside a block of a context and more than the device needs for a token. Before the
+product (`direct_linears.py`) some have a norm (release 2.9, pytorch/module/layernorm_linear.py, `forward`): RMSNorm in
+float32, its weight + 1 where it is zero-centred, rounded to the input's type.
 
 Megatron's classes over them (core/extensions/transformer_engine.py) always return (out, bias), the bias None unless
 Transformer Engine returns it (`te_return_bias`).
@@ -21,16 +18,15 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nemo_star.attention.step import AttentionState, DecodeStep
-from nemo_star.models.decode_sharding import PhasedMLP
+from nemo_star.models.direct_linears import ROW, DirectLinear, parts_with_linears
 from nemo_star.models.layer_spec import implementation_for
-from nemo_star.models.te_weights import bias_of, rms_norm
+from nemo_star.models.te_weights import rms_norm
 
 _NORMS = ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "final_layernorm")
-_COLUMN, _ROW = ("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")
-"""Places in Megatron's layers, in whose names it says what is divided over tp."""
+_COLUMN = ("linear_qkv", "linear_fc1")
+"""Places in Megatron's layers; as `direct_linears.ROW`."""
 
 
 class TorchNorm(nn.Module):
@@ -51,14 +47,8 @@ class TorchNorm(nn.Module):
         return rms_norm(x, self.norm.weight, self.config)
 
 
-class TorchLinear(nn.Module):
-    """A linear layer of Transformer Engine, with or without a norm before it; in decode torch's, with its weights.
-
-    Args:
-        tp_group: over which the results are summed (rows); None: a layer divided by columns.
-    """
-
-    linear: Any
+class TorchLinear(DirectLinear):
+    """A linear layer of Transformer Engine, with or without a norm before it; in decode torch's, with its weights."""
 
     def __init__(
         self,
@@ -67,28 +57,14 @@ class TorchLinear(nn.Module):
         config: TransformerConfig,
         tp_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        self.linear = linear
-        self.state = state
+        super().__init__(linear, state, tp_group)
         self.config = config
-        self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def multiplied(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [s, b, in] -> (out [s, b, out], bias where the caller is to add it, else None)."""
-        linear = self.linear
-        if not isinstance(self.state.step, DecodeStep):
-            return linear(x)
-        if (gamma := getattr(linear, "layer_norm_weight", None)) is not None:
+        if (gamma := getattr(self.linear, "layer_norm_weight", None)) is not None:
             x = rms_norm(x, gamma, self.config)
-        bias = bias_of(linear)
-        added = None if linear.te_return_bias else bias
-        if self.tp_group is None:
-            out = F.linear(x, linear.weight, added)
-        else:
-            out = F.linear(x, linear.weight)
-            dist.all_reduce(out, group=self.tp_group)
-            out = out if added is None else out + added
-        return out, bias if linear.te_return_bias else None
+        return super().multiplied(x)
 
 
 def check_torch_linears(device: torch.device, dtype: torch.dtype) -> None:
@@ -117,12 +93,8 @@ def install_torch_linears(model: GPTModel, state: AttentionState) -> None:
         raise ValueError(f"decode.torch_linears=true computes RMSNorm, not {config.normalization}")
     if getattr(config, "fp8", None) or getattr(config, "fp4", None):
         raise ValueError("decode.torch_linears=true multiplies weights of 16 bits, and this model's are in FP8 or FP4")
-    for layer in model.decoder.layers:
-        parts = [layer, layer.self_attention]
-        if isinstance(layer.mlp, PhasedMLP) and state.decode_group is None:
-            parts.append(layer.mlp.mlp)
-        for part in parts:
-            _replace(part, state, model)
+    for part in parts_with_linears(model, state):
+        _replace(part, state, model)
     _replace(model.decoder, state, model)
 
 
@@ -135,7 +107,7 @@ def _replace(part: nn.Module, state: AttentionState, model: GPTModel) -> None:
             setattr(part, name, TorchNorm(module, state, model.config))
         elif name in _COLUMN:
             setattr(part, name, TorchLinear(module, state, model.config))
-        elif name in _ROW:
+        elif name in ROW:
             setattr(part, name, TorchLinear(module, state, model.config, model.tp_group))
 
 
