@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from nemo_star.kernels.numba_kernel import BITS, free_cores, is_installed, thread_pool
 
-MIN_NUMBERS = 2**21
+MIN_NUMBERS = 2**20
 """Of a weight: below, there is little to gain, and compiling takes a second."""
-_ROWS = {torch.float32: range(3, 33), torch.bfloat16: range(3, 65), torch.float16: range(3, 65)}
+_ROWS = {torch.float32: range(3, 17), torch.bfloat16: range(3, 65), torch.float16: range(3, 65)}
 """For which it is faster; up to the last that was tried in 16 bits."""
 _EIGHT = 8
 """Rows that go together."""

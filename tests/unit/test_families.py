@@ -43,7 +43,7 @@ def test_logits_and_tokens_are_those_of_transformers(converted, monkeypatch):
     model, _, checkpoint = converted
     context, query = tokens(CONTEXT, seed=5), tokens(QUERY, seed=6)
     expected, logits = greedy(model, context + query, STEPS)
-    for attention, smallest in (({"kind": "dense"}, 2**21), ({"kind": "star", "block_size": CONTEXT}, 1)):
+    for attention, smallest in (({"kind": "dense"}, 2**20), ({"kind": "star", "block_size": CONTEXT}, 1)):
         monkeypatch.setattr(few_rows, "MIN_NUMBERS", smallest)  # the query's products by the code for a few rows
         llm = LLM(checkpoint, attention=attention)
         result = llm.generate(
