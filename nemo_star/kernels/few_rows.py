@@ -45,9 +45,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled code can do it, and gains by it."""
     return (
         x.device.type == "cpu"
-        and fits(weight)
         and x.dtype == weight.dtype
-        and x.numel() // x.shape[-1] in _ROWS[weight.dtype]
+        and x.numel() // x.shape[-1] in _ROWS.get(weight.dtype, ())
+        and fits(weight)
         and free_cores() >= torch.get_num_threads()
     )
 

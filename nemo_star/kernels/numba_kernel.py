@@ -32,6 +32,7 @@ BITS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16
 """As in numba_code.py: numpy has no bfloat16, and Numba no float16."""
 
 
+@functools.cache  # looking for it takes as long as a small product
 def is_installed() -> bool:
     """Whether Numba is there; it is imported when it is first needed."""
     return importlib.util.find_spec("numba") is not None
