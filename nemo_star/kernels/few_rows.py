@@ -70,7 +70,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in] -> [rows, out] float32, by as many threads as torch has."""
     rows, width = x.shape
     padded = -(-rows // _EIGHT) * _EIGHT
-    turned = x.new_zeros(padded // _EIGHT, width, _EIGHT, dtype=torch.float32)
+    turned = x.new_empty(padded // _EIGHT, width, _EIGHT, dtype=torch.float32)
     by_eight = F.pad(x, (0, 0, 0, padded - rows)).view(-1, _EIGHT, width)
     turned.copy_(by_eight.transpose(1, 2))
     out = turned.new_empty(padded, weight.shape[0])

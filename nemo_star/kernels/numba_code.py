@@ -146,11 +146,11 @@ def scores_of_many(turned, keys, k, v, start, tokens, scores, largest, rows, cha
 
 
 @_inlined
-def unpack(k, start, tokens, keys, channels):  # type: ignore[no-untyped-def]
-    """A tile's keys to float32."""
+def unpack(k, start, column, keys, tokens, channels):  # type: ignore[no-untyped-def]
+    """keys[tokens, channels] = k from `start` and `column` on, as float32."""
     for i in range(tokens):
         for c in range(0, channels, WIDE):
-            store(load_wide(k, start + i, c), keys, i, c)
+            store(load_wide(k, start + i, column + c), keys, i, c)
 
 
 @_inlined
@@ -215,7 +215,7 @@ def compiled(rows: int, channels: int, stored: str) -> Any:
             elif are_floats:
                 scores_of_many(turned, k[start:stop], k, v, start, stop - start, scores, largest, rows, channels)
             else:
-                unpack(k, start, stop - start, unpacked, channels)
+                unpack(k, start, 0, unpacked, stop - start, channels)
                 scores_of_many(turned, unpacked, k, v, start, stop - start, scores, largest, rows, channels)
             softmax(scores, largest, before, sums, out, stop - start, rows, channels)
             accumulate(scores, v, start, stop, out, rows, channels)

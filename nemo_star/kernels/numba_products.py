@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import float32, int64, njit, types
 
-from nemo_star.kernels.numba_code import FLAGS, STORED, WIDE, kept_on_disk, load_wide
+from nemo_star.kernels.numba_code import FLAGS, STORED, kept_on_disk, unpack
 from nemo_star.kernels.numba_vectors import loads, plus, plus_product, splats, store, store_turned
 
 EIGHT = 8
@@ -70,9 +70,7 @@ def compiled(stored: str) -> Any:
             for column in range(0, width, CHUNK):
                 channels = min(CHUNK, width - column)
                 if not are_floats:
-                    for j in range(EIGHT):
-                        for c in range(0, channels, WIDE):
-                            store(load_wide(weight, first + j, column + c), unpacked, j, c)
+                    unpack(weight, first, column, unpacked, EIGHT, channels)
                 for r in range(0, rows, EIGHT):
                     base = r // EIGHT * width + column
                     if are_floats:

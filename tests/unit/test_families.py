@@ -43,6 +43,8 @@ def test_logits_and_tokens_are_those_of_transformers(converted, monkeypatch):
     model, _, checkpoint = converted
     context, query = tokens(CONTEXT, seed=5), tokens(QUERY, seed=6)
     expected, logits = greedy(model, context + query, STEPS)
+    taken, product = [], few_rows._product
+    monkeypatch.setattr(few_rows, "_product", lambda x, weight: taken.append(weight) or product(x, weight))
     for attention, smallest in (({"kind": "dense"}, 2**20), ({"kind": "star", "block_size": CONTEXT}, 1)):
         monkeypatch.setattr(few_rows, "MIN_NUMBERS", smallest)  # the query's products by the code for a few rows
         llm = LLM(checkpoint, attention=attention)
@@ -51,6 +53,7 @@ def test_logits_and_tokens_are_those_of_transformers(converted, monkeypatch):
         )[0]
         assert list(result.token_ids) == expected
         assert (result.logits - logits).abs().max() <= 5e-4
+        assert bool(taken) == (smallest == 1 and few_rows.is_installed())
 
 
 @pytest.mark.slow
